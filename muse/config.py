@@ -1,0 +1,281 @@
+"""Every setting of the project, as frozen dataclasses, and a strict reader from nested dicts.
+
+Defaults live here and nowhere else. `configs/*.py` build an `ml_collections.ConfigDict`; `read` turns it (or the
+JSON of a release) into the dataclasses below and refuses unknown keys and wrong types. The paper's values are the
+defaults where the paper gives one (Muse, tables 4 and 5); docs/design.md says what was chosen where it is silent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from muse.errors import UserError, nearest
+
+ConfigT = TypeVar('ConfigT')
+Dtype = Literal['float32', 'bfloat16']
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig:
+    """VQGAN tokenizer (§2.2, Table 5). The downsampling factor is 2^(len(channel_mult) - 1)."""
+
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    decoder_channels: int | None = None  # None: as the encoder's; 256 for the larger decoder of appendix A.2
+    decoder_num_res_blocks: int | None = None  # None: as the encoder's; 4 for the larger decoder
+    codebook_size: int = 8192
+    code_dim: int = 256
+    l2_normalize: bool = False  # compare codes on the unit sphere: fewer dead codes at small code_dim
+    dtype: Dtype = 'float32'
+
+    @property
+    def factor(self) -> int:
+        """Pixels a token covers along one side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """T5 encoder (v1.1 gated, or 1.0 with `gated=False`). Defaults are T5-v1.1-XXL, the paper's (§2.1)."""
+
+    vocab_size: int = 32128
+    width: int = 4096
+    mlp_dim: int = 10240
+    head_dim: int = 64
+    heads: int = 64
+    layers: int = 24
+    gated: bool = True  # True: tanh-GELU gate times linear (v1.1); False: ReLU (1.0)
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    max_length: int = 127  # tokens incl. </s>: null + text is then 128 in the cross-attention
+    remat: Literal['none', 'dots', 'full'] = 'none'
+    dtype: Dtype = 'float32'
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Base masked transformer (§2.3, Table 4). Defaults are the paper's 3B."""
+
+    codebook_size: int = 8192
+    grid: tuple[int, int] = (16, 16)  # token rows and columns trained on
+    width: int = 2048
+    mlp_dim: int = 8192
+    heads: int = 16
+    layers: int = 48
+    text_width: int = 4096
+    text_length: int = 127
+    remat: Literal['none', 'dots', 'full'] = 'dots'
+    unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
+    attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
+    dtype: Dtype = 'float32'
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Parallel decoding (§2.7, §2.8): the defaults a release ships and `sample.py` flags override."""
+
+    steps: int = 24
+    guidance_scale: float = 3.0  # t of §2.7: logits = (1+t)·conditional − t·unconditional; 0 is no guidance
+    guidance_schedule: Literal['constant', 'linear'] = 'linear'  # linear: from 0 at the first step to t at the last
+    temperature: float = 1.0
+    choice_temperature: float = 4.5  # Gumbel noise on the confidence, annealed to 0 over the steps (MaskGIT's 4.5)
+    schedule: Literal['cosine', 'linear', 'square'] = 'cosine'
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQLossConfig:
+    """Tokenizer losses (Table 5: perceptual 0.05, adversarial 0.1)."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    perceptual: float = 0.05
+    perceptual_net: str = ''  # folder of converted VGG16-LPIPS weights; '' is a random-feature net (tiny recipe)
+    adversarial: float = 0.1
+    adversarial_start_step: int = 0
+    discriminator_channels: int = 64
+    r1: float = 1.0  # gradient penalty on real pictures
+    r1_every_steps: int = 16
+    commitment: float = 0.25
+    codebook: float = 1.0
+    entropy: float = 0.0
+    revive_after_steps: int = 100  # a code unused for so many steps is moved onto a random encoder output; 0: never
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLossConfig:
+    """Masked-token training (§2.3, §2.6, §2.7)."""
+
+    label_smoothing: float = 0.1
+    text_dropout: float = 0.1  # share of examples trained without text (§2.7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One source of training examples.
+
+    kind 'scenes': pictures of a TFDS folder made by the emoji builder (or '' for the small sample in the package),
+    composed on the fly; 'tfds': any TFDS dataset with an image and a caption; 'folder': pictures with captions.jsonl
+    or captions.csv; 'precomputed': ArrayRecord shards written by tools/precompute.py.
+    """
+
+    kind: Literal['scenes', 'tfds', 'folder', 'precomputed'] = 'scenes'
+    path: str = ''  # folder; for 'tfds' the data_dir
+    name: str = ''  # 'tfds' only: dataset name, e.g. 'coco_captions'
+    split: str = 'train'
+    image_key: str = 'image'
+    caption_key: str = 'caption'
+    image_size: int = 256
+    max_objects: int = 3  # 'scenes' only
+    random_flip: bool = False  # photos only: captions that say left and right forbid it
+    workers: int = 0  # grain worker processes; 0 reads in threads of this process
+    text_length: int = 127
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser (Table 4: Adafactor 1e-4, betas 0.9/0.96, weight decay 0.045, warm-up 5000, cosine)."""
+
+    name: Literal['adamw', 'adafactor'] = 'adamw'
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.96
+    weight_decay: float = 0.045
+    warmup_steps: int = 5000
+    final_fraction: float = 0.0  # learning rate at the last step, as a share of the peak
+    gradient_clip: float = 1.0  # global norm; 0 is off
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int
+    batch_size: int  # global, over all devices and hosts
+    seed: int = 0
+    ema_decay: float = 0.9999  # warmed up: min(decay, (1 + step) / (10 + step))
+    accumulate: int = 1  # micro-batches a step
+    log_every_steps: int = 50
+    save_every_steps: int = 1000
+    save_every_minutes: float = 15.0
+    keep_checkpoints: int = 3
+    eval_every_steps: int = 1000
+    eval_batches: int = 8
+    grid_every_steps: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Device mesh. -1 on one axis takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRun:
+    """`train.py` with task 'tokenizer': the VQGAN."""
+
+    task: Literal['tokenizer'] = 'tokenizer'
+    model: VQConfig
+    train: TrainConfig
+    data: DataConfig
+    eval_data: DataConfig
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000))
+    discriminator_optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000)
+    )
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRun:
+    """`train.py` with task 'base': the masked transformer over a frozen tokenizer and a frozen text encoder."""
+
+    task: Literal['base'] = 'base'
+    model: TransformerConfig
+    train: TrainConfig
+    data: DataConfig
+    eval_data: DataConfig
+    tokenizer: str  # folder holding tokenizer.safetensors and its config: a release, or <workdir>/export
+    text_encoder: str = ''  # folder holding the text encoder; '' is the shipped one
+    loss: MaskedLossConfig = field(default_factory=MaskedLossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+Run = TokenizerRun | BaseRun
+
+
+def read(cls: type[ConfigT], values: Mapping[str, Any], path: str = '') -> ConfigT:
+    """Builds the dataclass `cls` from a nested mapping.
+
+    Args:
+        cls: a dataclass of this module.
+        values: nested mapping (an `ml_collections.ConfigDict` or parsed JSON); missing keys take the default.
+        path: dotted prefix used in messages.
+
+    Raises:
+        UserError: an unknown key (names the nearest), a missing one, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    for name in values:
+        if name not in fields:
+            raise UserError(f"config key '{path}{name}' does not exist{nearest(name, fields)}")
+    kwargs = {}
+    for name, spec in fields.items():
+        if name in values:
+            kwargs[name] = _convert(hints[name], values[name], f'{path}{name}')
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise UserError(f"config key '{path}{name}' is missing: add it to the config")
+    return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and not hasattr(value, 'items'):
+            raise UserError(f"config key '{path}' must be a group of keys, not {value!r}")
+        return read(hint, value, f'{path}.')  # pyright: ignore[reportArgumentType]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"config key '{path}' is {value!r}{nearest(str(value), map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"config key '{path}' must be a list of {args[0].__name__}, not {value!r}")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise UserError(f"config key '{path}' must hold {len(args)} values, not {len(value)}")
+        return tuple(_convert(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"config key '{path}' must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def read_run(values: Mapping[str, Any]) -> Run:
+    """Reads a whole training config; `values['task']` picks the class."""
+    runs: dict[str, type[TokenizerRun] | type[BaseRun]] = {'tokenizer': TokenizerRun, 'base': BaseRun}
+    task = values.get('task', '')
+    if task not in runs:
+        raise UserError(f"config key 'task' is {task!r}{nearest(str(task), runs)}")
+    return read(runs[task], values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON-ready nested dict of a config; `read` of it gives the same config back."""
+    return dataclasses.asdict(config)

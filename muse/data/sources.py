@@ -1,0 +1,187 @@
+"""Where training examples come from: four kinds behind one small interface.
+
+A source is a list of records; `example(record, rng)` makes a training example of one. All chance comes from `rng`, so
+an example is the same on whichever host or worker it is made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from muse.config import DataConfig
+from muse.data import pictures, precomputed, scenes
+from muse.data.folder import index_folder
+from muse.data.splits import TRAIN
+from muse.data.sprites import Sprites, load_sprites
+from muse.errors import UserError, nearest
+
+
+class Source(Protocol):
+    """Records that examples are made of."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        """{'img': uint8 [H, W, 3], 'caption': str}, or {'tok', 'txt', 'len'} from pre-tokenised records."""
+        ...
+
+
+def open_source(data: DataConfig) -> Source:
+    """Opens the source that a config names.
+
+    Raises:
+        UserError: it does not exist, is empty, or a setting does not fit its kind.
+    """
+    if data.image_size < 1 or data.max_objects not in (1, 2, 3) or data.text_length < 1:
+        raise UserError('data.image_size and data.text_length must be at least 1 and data.max_objects 1, 2 or 3')
+    if data.kind != 'scenes' and not data.path:
+        raise UserError(f"data.path is empty: kind '{data.kind}' needs a folder")
+    match data.kind:
+        case 'scenes':
+            if data.random_flip:
+                raise UserError("data.random_flip does not fit kind 'scenes': its captions say left and right")
+            sprites = load_sprites(data.path, data.split, data.image_size)
+            source = _Scenes(sprites, data) if data.split == TRAIN else _Plain(sprites, data)
+        case 'tfds':
+            source = _Tfds(data)
+        case 'folder':
+            if data.split not in ('', TRAIN):
+                raise UserError(f"data.split is '{data.split}', but a folder has no splits: give each its own folder")
+            source = _Folder(data)
+        case 'precomputed':
+            source = _Precomputed(data)
+    if len(source) == 0:
+        raise UserError(f"the split '{data.split}' of '{data.path}' is empty: choose another split")
+    return source
+
+
+class _Scenes:
+    """Random scenes; record i appears in the scene of record i."""
+
+    def __init__(self, sprites: Sprites, data: DataConfig):
+        self._sprites, self._data = sprites, data
+
+    def __len__(self) -> int:
+        return len(self._sprites)
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        img, caption, _ = scenes.compose(self._sprites, record, rng, self._data.image_size, self._data.max_objects)
+        return {'img': img, 'caption': caption}
+
+
+class _Plain:
+    """Each sprite in the evaluation form."""
+
+    def __init__(self, sprites: Sprites, data: DataConfig):
+        self._sprites, self._data = sprites, data
+
+    def __len__(self) -> int:
+        return len(self._sprites)
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        del rng
+        img, caption = scenes.plain(self._sprites, record, self._data.image_size)
+        return {'img': img, 'caption': caption}
+
+
+class _Folder:
+    """Pictures with a captions file."""
+
+    def __init__(self, data: DataConfig):
+        self._rows, self._data = index_folder(Path(data.path)), data
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        path, caption = self._rows[record]
+        return {'img': _flipped(_picture(path, str(path), self._data), rng, self._data), 'caption': caption}
+
+
+class _Tfds:
+    """Any TFDS dataset with a picture and a caption."""
+
+    def __init__(self, data: DataConfig):
+        import tensorflow_datasets as tfds
+
+        if not data.name:
+            raise UserError("data.name is empty: kind 'tfds' needs a dataset, e.g. 'coco_captions'")
+        try:
+            builder: Any = tfds.builder(data.name, data_dir=data.path)
+        except (tfds.core.DatasetNotFoundError, ValueError) as error:
+            message = str(error).splitlines()[0]
+            raise UserError(f"'{data.name}' was not found in {data.path} ({message}): check data.name") from None
+        if not builder.is_prepared():
+            way = f'tfds build {data.name} --data_dir={data.path} --file_format=array_record'
+            raise UserError(f'{data.name} is not prepared in {data.path}: run `{way}`')
+        if data.split not in builder.info.splits:
+            raise UserError(f"data.split '{data.split}' does not exist{nearest(data.split, builder.info.splits)}")
+        for key in (data.image_key, data.caption_key.split('/')[0]):
+            if key not in builder.info.features:
+                raise UserError(f"{data.name} has no feature '{key}'{nearest(key, builder.info.features)}")
+        is_file = isinstance(builder.info.features[data.image_key], tfds.features.Image)
+        try:
+            self._records: Any = builder.as_data_source(
+                split=data.split, decoders={data.image_key: tfds.decode.SkipDecoding()} if is_file else None
+            )
+        except NotImplementedError as error:
+            raise UserError(f'{data.name} cannot be read at random ({str(error).splitlines()[0]})') from None
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        row = self._records[record]
+        img = _picture(row[self._data.image_key], f'record {record} of {self._data.name}', self._data)
+        caption = _caption(row, self._data.caption_key, rng)
+        return {'img': _flipped(img, rng, self._data), 'caption': caption}
+
+
+class _Precomputed:
+    """Records of tools/precompute.py."""
+
+    def __init__(self, data: DataConfig):
+        import grain
+
+        files = precomputed.record_files(Path(data.path), data.split)
+        self._records: Any = grain.sources.ArrayRecordDataSource(files)
+        self._text_length = data.text_length
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        del rng
+        return precomputed.decode_record(self._records[record], self._text_length)
+
+
+def _picture(source: Any, name: str, data: DataConfig) -> np.ndarray:
+    try:
+        if isinstance(source, np.ndarray):
+            array = source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source
+            return pictures.fit(Image.fromarray(array), data.image_size)
+        return pictures.read_picture(source, data.image_size)
+    except pictures.BadPicture as error:
+        raise UserError(f'{name} is not readable ({error}): remove it and start again') from None
+
+
+def _flipped(img_HWC: np.ndarray, rng: np.random.Generator, data: DataConfig) -> np.ndarray:
+    flip = data.random_flip and rng.random() < 0.5
+    return np.ascontiguousarray(img_HWC[:, ::-1]) if flip else img_HWC
+
+
+def _caption(row: Any, key: str, rng: np.random.Generator) -> str:
+    """The caption under a key such as 'captions/text'; of several, one by chance."""
+    value: Any = row
+    for part in key.split('/'):
+        value = [item[part] for item in value] if isinstance(value, list) else value[part]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        value = value[int(rng.integers(len(value)))] if value else ''
+    return value.decode(errors='replace') if isinstance(value, bytes) else str(value)

@@ -1,0 +1,54 @@
+"""Errors and warnings addressed to the person at the keyboard: one line that says what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+
+
+class UserError(ValueError):
+    """Wrong input. The message is one line: the value, the rule it breaks, and the way out."""
+
+
+class InputWarning(UserWarning):
+    """Doubtful input that does not stop the work (a prompt that was cut, a picture that was skipped)."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns '; did you mean X?' for the closest of `choices`, or a list of them when none is close."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose one of {', '.join(choices)}"
+
+
+def warn(message: str) -> None:
+    """Warns the user on one line, without a source location."""
+    warnings.warn(message, InputWarning, stacklevel=2)
+
+
+def _one_line_warning(message, category, filename, lineno, file=None, line=None):
+    del filename, lineno, line
+    label = 'warning' if issubclass(category, InputWarning) else category.__name__
+    print(f'{label}: {message}', file=file or sys.stderr)
+
+
+@contextlib.contextmanager
+def main_guard() -> Iterator[None]:
+    """Wraps a script's main: a `UserError` becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
+
+    Set MUSE_TRACEBACK=1 to see the full traceback of a `UserError`.
+    """
+    warnings.showwarning = _one_line_warning
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get('MUSE_TRACEBACK'):
+            raise
+        print(f'error: {error}', file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,42 @@
+"""Guidance as one linear combination of stacked branches (§2.7).
+
+Classifier-free guidance is the pair (conditional, unconditional) with weights (1+t, −t); a negative prompt takes the
+place of the unconditional branch; guidance against a frozen reference or with three branches is another row of
+weights. The branches run through the network as one batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from muse.errors import UserError
+
+Schedule = Literal['constant', 'linear']
+
+
+def guided_logits(
+    logits_GBTV: Float[Array, 'G B T V'], weights_GB: Float[Array, 'G B'] | Float[Array, 'G 1']
+) -> Float[Array, 'B T V']:
+    """Σ_g weight_g · logits_g in float32. With weights (1, 0) it is the first branch, bit for bit."""
+    return jnp.sum(logits_GBTV.astype(jnp.float32) * weights_GB[..., None, None].astype(jnp.float32), axis=0)
+
+
+def cfg_weights(scale_B: Float[Array, ' B']) -> Float[Array, '2 B']:
+    """Weights (1+t, −t) of the conditional and the unconditional (or negative) branch."""
+    return jnp.stack([1.0 + scale_B, -scale_B])
+
+
+def scale_at(scale_B: Float[Array, ' B'], progress: Float[Array, ''], schedule: Schedule) -> Float[Array, ' B']:
+    """The guidance scale t at `progress` in [0, 1]: 0 at the first decoding step, 1 at the last.
+
+    'linear' rises from 0 at the first step to t at the last (§2.7); 'constant' is t throughout.
+    """
+    match schedule:
+        case 'constant':
+            return scale_B
+        case 'linear':
+            return scale_B * progress
+    raise UserError(f"guidance schedule is {schedule!r}; choose 'constant' or 'linear'")

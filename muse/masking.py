@@ -1,0 +1,70 @@
+"""The training side of masked modelling (§2.3, §2.6, §2.7): mask law, random masks, loss, dropping the text.
+
+Row i of a batch draws from `fold_in(key, i)`, so that a row's mask is the same on any mesh and in any batch size.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+def row_keys(key: Key[Array, ''], rows: int) -> Key[Array, ' B']:
+    """One key a row: `fold_in(key, row)`."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+
+
+def mask_ratio(key: Key[Array, ''], rows: int) -> Float[Array, ' B']:
+    """Mask ratios with density (2/π)(1−r²)^(−1/2) on [0, 1], mean 2/π (§2.6): r = cos(πu/2), u uniform."""
+    uniform_B = jax.vmap(jax.random.uniform)(row_keys(key, rows))
+    return jnp.cos(0.5 * jnp.pi * uniform_B)
+
+
+def random_mask(key: Key[Array, ''], ratio_B: Float[Array, ' B'], tokens: int) -> Bool[Array, 'B T']:
+    """Masks round(ratio·T) tokens of each row (at least one), every subset equally likely."""
+    count_B = jnp.clip(jnp.round(ratio_B * tokens), 1, tokens).astype(jnp.int32)
+    noise_BT = jax.vmap(lambda k: jax.random.uniform(k, (tokens,)))(row_keys(key, ratio_B.shape[0]))
+    rank_BT = jnp.argsort(jnp.argsort(noise_BT, axis=1), axis=1)
+    return rank_BT < count_B[:, None]
+
+
+def drop_text(key: Key[Array, ''], len_B: Int[Array, ' B'], rate: float) -> Int[Array, ' B']:
+    """Lengths with a share `rate` of them set to 0, which is "no text": what guidance trains on (§2.7)."""
+    dropped_B = jax.vmap(jax.random.uniform)(row_keys(key, len_B.shape[0])) < rate
+    return jnp.where(dropped_B, 0, len_B)
+
+
+def masked_ce(
+    logits_BTV: Float[Array, 'B T V'],
+    tok_BT: Int[Array, 'B T'],
+    mask_BT: Bool[Array, 'B T'],
+    label_smoothing: float = 0.0,
+) -> Float[Array, ' B']:
+    """Cross-entropy of the masked tokens in nats per token, one mean for each example (§2.3).
+
+    Args:
+        logits_BTV: over the codebook, any float dtype; the softmax is taken in float32.
+        tok_BT: true ids. A row with nothing masked gives 0.
+        mask_BT: True where the model had to guess.
+        label_smoothing: share of the target spread evenly over the codebook.
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tok_BT)
+    if label_smoothing:
+        uniform_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.mean(logits_BTV, axis=-1)
+        nats_BT = (1 - label_smoothing) * nats_BT + label_smoothing * uniform_BT
+    return _masked_mean(nats_BT, mask_BT)
+
+
+def masked_accuracy(
+    logits_BTV: Float[Array, 'B T V'], tok_BT: Int[Array, 'B T'], mask_BT: Bool[Array, 'B T']
+) -> Float[Array, ' B']:
+    """Share of the masked tokens whose most likely id is the true one, for each example."""
+    right_BT = (jnp.argmax(logits_BTV, axis=-1) == tok_BT).astype(jnp.float32)
+    return _masked_mean(right_BT, mask_BT)
+
+
+def _masked_mean(x_BT: Float[Array, 'B T'], mask_BT: Bool[Array, 'B T']) -> Float[Array, ' B']:
+    return jnp.sum(jnp.where(mask_BT, x_BT, 0), axis=1) / jnp.maximum(jnp.sum(mask_BT, axis=1), 1)

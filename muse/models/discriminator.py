@@ -1,0 +1,63 @@
+"""The adversary of the tokenizer (§2.2): a PatchGAN critic, its losses, and the R1 penalty on real pictures.
+
+Each logit judges one patch of the picture (70 pixels wide). GroupNorm in place of batch norm: a score then depends on
+its own picture alone, whatever the batch or the number of devices. The paper gives the weight of the adversarial loss
+(0.1, Table 5) and leaves the form open; it is the non-saturating one here, as in MaskGIT's tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from muse.config import Dtype
+from muse.models.vqgan import Conv, GroupNorm
+
+_LEAK = 0.2
+
+
+class Discriminator(nnx.Module):
+    """Pictures in [-1, 1] `[B, H, W, 3]` → logits `[B, H/8, W/8]`, float32; above 0 is "real"."""
+
+    def __init__(self, channels: int, dtype: Dtype, *, rngs: nnx.Rngs):
+        self.conv_in = Conv(3, channels, 4, stride=2, rngs=rngs)
+        widths = [channels, 2 * channels, 4 * channels, 8 * channels]
+        strides = (2, 2, 1)
+        self.convs = nnx.List(
+            [Conv(widths[i], widths[i + 1], 4, stride=stride, rngs=rngs) for i, stride in enumerate(strides)]
+        )
+        self.norms = nnx.List([GroupNorm(width, rngs=rngs) for width in widths[1:]])
+        self.conv_out = Conv(widths[-1], 1, 4, rngs=rngs)
+        self.dtype: Dtype = dtype
+
+    def __call__(self, img_BHWC: Float[Array, 'B H W 3']) -> Float[Array, 'B h w']:
+        x_BHWC = jax.nn.leaky_relu(self.conv_in(img_BHWC.astype(self.dtype)), _LEAK)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x_BHWC = jax.nn.leaky_relu(norm(conv(x_BHWC)), _LEAK)
+        return self.conv_out(x_BHWC)[..., 0].astype(jnp.float32)
+
+
+def generator_loss(fake: Float[Array, 'B h w']) -> Float[Array, '']:
+    """Non-saturating loss of the tokenizer, over the logits of its reconstructions."""
+    return jnp.mean(jax.nn.softplus(-fake))
+
+
+def discriminator_loss(real: Float[Array, 'B h w'], fake: Float[Array, 'B h w']) -> Float[Array, '']:
+    """Logistic loss of the critic; 2 ln 2 when it cannot tell."""
+    return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+
+
+def r1_penalty(score: Callable[[Array], Array], real_BHWC: Float[Array, 'B H W 3']) -> Float[Array, '']:
+    """½·|∇ score|² at real pictures, for an average patch: the squared gradient of the summed logits over their number.
+
+    Args:
+        score: pictures → logits `[B, h, w]`.
+        real_BHWC: the real pictures.
+    """
+    logits_Bhw, pull = jax.vjp(score, real_BHWC)
+    (grad_BHWC,) = pull(jnp.ones_like(logits_Bhw))
+    return 0.5 * jnp.sum(jnp.square(grad_BHWC.astype(jnp.float32))) / logits_Bhw.size

@@ -1,0 +1,147 @@
+"""Attention: one function with three backends, and the self- and cross-attention modules made of it.
+
+Text of any source reaches a model as an array and a length. The null condition belongs to the layer that reads it: a
+learned key/value in FIRST place, so that real keys are always a prefix, "no text" is a prefix of one, and no row is
+ever a softmax over nothing (docs/design.md, "The null condition").
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from muse.nn.layers import Linear, RMSNorm, param
+
+Backend = Literal['xla', 'cudnn', 'splash']
+
+
+def attention(
+    q_BTNH: Float[Array, 'B T N H'],
+    k_BSNH: Float[Array, 'B S N H'],
+    v_BSNH: Float[Array, 'B S N H'],
+    *,
+    lengths_B: Int[Array, ' B'] | None = None,
+    bias_1NTS: Float[Array, '1 N T S'] | None = None,
+    scale: float,
+    backend: Backend = 'xla',
+) -> Float[Array, 'B T N H']:
+    """Softmax attention over a prefix of the keys.
+
+    Args:
+        q_BTNH, k_BSNH, v_BSNH: queries, keys, values of one floating dtype.
+        lengths_B: how many keys of each row are real; must be ≥ 1. None: all.
+        bias_1NTS: added to the scaled logits (T5's relative positions).
+        scale: factor on q·k.
+        backend: 'xla' (reference), 'cudnn' (GPU, bf16 or fp16 only) or 'splash' (TPU).
+    """
+    if backend == 'splash':
+        return _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale)
+    if backend == 'cudnn':
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSNH, v_BSNH, bias=bias_1NTS, scale=scale, implementation='cudnn', key_value_seq_lengths=lengths_B
+        )
+    logits_BNTS = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * scale
+    if bias_1NTS is not None:
+        logits_BNTS = logits_BNTS + bias_1NTS.astype(jnp.float32)
+    if lengths_B is not None:
+        real_BS = jnp.arange(k_BSNH.shape[1]) < lengths_B[:, None]
+        logits_BNTS = jnp.where(real_BS[:, None, None, :], logits_BNTS, -jnp.inf)
+    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BSNH.dtype)
+    return jnp.einsum('bnts,bsnh->btnh', weights_BNTS, v_BSNH)
+
+
+def _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale):
+    """The TPU kernel. Padding is a segment of its own: real keys and all queries are segment 0, pads segment 1."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (_, t, n, _), s = q_BTNH.shape, k_BSNH.shape[1]
+    mask = masks.MultiHeadMask([masks.FullMask((t, s)) for _ in range(n)])
+    interpret = jax.default_backend() == 'cpu'
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BSNH, v_BSNH))
+    if lengths_B is None:
+        out_BNTH = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
+    else:
+        pads_BS = (jnp.arange(s) >= lengths_B[:, None]).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros((q.shape[0], t), jnp.int32), kv=pads_BS)
+        out_BNTH = jax.vmap(kernel)(q, k, v, segments)
+    return jnp.swapaxes(out_BNTH, 1, 2)  # pyright: ignore[reportArgumentType]
+
+
+def _heads(x: Float[Array, 'B T D'], heads: int) -> Float[Array, 'B T N H']:
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention with QK-norm, without biases."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, backend: Backend = 'xla', out_scale: float = 1.0):
+        self.heads, self.head_dim = heads, width // heads
+        self.backend: Backend = backend
+        self.query = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.key = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.value = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.out = Linear(width, width, ('heads', 'embed'), rngs=rngs, scale=out_scale)
+        self.query_norm = RMSNorm(self.head_dim, rngs=rngs)
+        self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
+
+    def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+        q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
+        k_BTNH = self.key_norm(_heads(self.key(x_BTD), self.heads))
+        v_BTNH = _heads(self.value(x_BTD), self.heads)
+        y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, scale=self.head_dim**-0.5, backend=self.backend)
+        return self.out(y_BTNH.reshape(x_BTD.shape))
+
+
+KeysValues = tuple[Float[Array, 'B S1 N H'], Float[Array, 'B S1 N H']]
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head cross-attention to a memory of ragged length, with QK-norm and a learned null in first place."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        memory_width: int,
+        *,
+        rngs: nnx.Rngs,
+        backend: Backend = 'xla',
+        out_scale: float = 1.0,
+    ):
+        self.heads, self.head_dim = heads, width // heads
+        self.backend: Backend = backend
+        self.query = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.key = Linear(memory_width, width, ('embed', 'heads'), rngs=rngs)
+        self.value = Linear(memory_width, width, ('embed', 'heads'), rngs=rngs)
+        self.out = Linear(width, width, ('heads', 'embed'), rngs=rngs, scale=out_scale)
+        self.query_norm = RMSNorm(self.head_dim, rngs=rngs)
+        self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
+        small = nnx.initializers.normal(0.02)
+        self.null_key = param(small, rngs, (heads, self.head_dim), ('heads', None))
+        self.null_value = param(small, rngs, (heads, self.head_dim), ('heads', None))
+
+    def keys_values(self, memory_BSD: Float[Array, 'B S D']) -> KeysValues:
+        """Keys and values of the memory behind the null's, `[B, 1+S, N, H]` each: computed once a prompt."""
+        k_BSNH, v_BSNH = _heads(self.key(memory_BSD), self.heads), _heads(self.value(memory_BSD), self.heads)
+
+        def prepend(null, x):
+            null_B1NH = jnp.broadcast_to(null[...].astype(x.dtype), (x.shape[0], 1, *x.shape[2:]))
+            return jnp.concatenate([null_B1NH, x], axis=1)
+
+        return self.key_norm(prepend(self.null_key, k_BSNH)), prepend(self.null_value, v_BSNH)
+
+    def __call__(
+        self, x_BTD: Float[Array, 'B T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']
+    ) -> Float[Array, 'B T D']:
+        """Reads the memory; `lengths_B` counts its real rows without the null, 0 is no condition."""
+        q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
+        k, v = keys_values
+        scale = self.head_dim**-0.5
+        y_BTNH = attention(q_BTNH, k, v, lengths_B=lengths_B + 1, scale=scale, backend=self.backend)
+        return self.out(y_BTNH.reshape(x_BTD.shape))

@@ -1,0 +1,260 @@
+"""The release folder: what training exports and sampling loads.
+
+    config.json                 {'format': 1, 'parts': {part: {config, sha256, storage, parameters, ...}}}
+    <part>.safetensors          for the parts 'tokenizer', 'text_encoder' and 'base'; dotted tensor names
+    spiece.model                the vocabulary of the text encoder
+
+The base transformer names the tokenizer and the text encoder it was trained on by hash: with another tokenizer its
+token ids mean other pictures, so such a folder is refused. Files are written beside their place and then moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from muse.config import DecodeConfig, T5Config, TransformerConfig, VQConfig, read, to_dict
+from muse.errors import UserError
+from muse.release.storage import SCALE, Storage, content_hash, pack, unpack
+
+FORMAT = 1
+VOCABULARY = 'spiece.model'
+CONFIGS: dict[str, type[VQConfig] | type[T5Config] | type[TransformerConfig]] = {
+    'tokenizer': VQConfig,
+    'text_encoder': T5Config,
+    'base': TransformerConfig,
+}
+_OWN_KEYS = ('config', 'sha256', 'storage', 'parameters')
+
+
+@dataclass(frozen=True)
+class Part:
+    """One loaded model: `params` has float32 leaves; `extra` is what the exporter wrote beside the config."""
+
+    config: Any
+    params: nnx.State
+    hash: str
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A whole, consistent release."""
+
+    tokenizer: Part
+    text_encoder: Part
+    base: Part
+    decode: DecodeConfig
+    vocabulary: Path
+
+    @property
+    def name(self) -> str:
+        """Short name of the weights, as written beside the pictures: the first digits of the base's hash."""
+        return f'muse-{self.base.hash[:12]}'
+
+
+def shipped() -> Path:
+    """The release that comes with the package."""
+    return Path(str(files('muse') / 'assets'))
+
+
+def graphdef_and_template(part: str, config: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model class of `part` split into its graph and a state of shapes; allocates nothing."""
+    from muse.models.t5 import T5Encoder
+    from muse.models.transformer import Transformer
+    from muse.models.vqgan import VQGAN
+
+    model_class = {'tokenizer': VQGAN, 'text_encoder': T5Encoder, 'base': Transformer}[part]
+    return nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0))), nnx.Param)
+
+
+def save_part(
+    folder: str | Path,
+    part: str,
+    *,
+    config: Any,
+    params: nnx.State,
+    storage: Storage,
+    extra: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes `<part>.safetensors` and its entry in `config.json`, keeping the folder's other parts.
+
+    Args:
+        folder: the release folder; made when missing.
+        part: 'tokenizer', 'text_encoder' or 'base'.
+        config: the part's dataclass (VQConfig, T5Config, TransformerConfig).
+        params: float32 parameters of the model of that config.
+        storage: type of the large tensors on disk.
+        extra: JSON-ready notes. The base needs 'tokenizer_sha256', 'text_encoder_sha256' and 'decode'.
+
+    Returns:
+        The part's hash.
+
+    Raises:
+        UserError: the folder cannot be written, or a parameter is not finite.
+    """
+    folder = Path(folder)
+    tensors, stacked = _named(jax.device_get(params))
+    packed = pack(tensors, stacked, storage)
+    entry = {
+        'config': to_dict(config),
+        'sha256': content_hash(packed),
+        'storage': storage,
+        'parameters': sum(tensor.size for tensor in tensors.values()),
+        **(extra or {}),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        index = _read_index(folder) if (folder / 'config.json').exists() else {'format': FORMAT, 'parts': {}}
+        index['parts'][part] = entry
+        tmp = folder / f'.{part}.{os.getpid()}.tmp'
+        save_file(packed, tmp)
+        os.replace(tmp, folder / f'{part}.safetensors')
+        _write_text(folder / 'config.json', json.dumps(index, indent=2) + '\n')
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the release folder '{folder}' ({error}): choose another folder") from None
+    return entry['sha256']
+
+
+def _write_text(path: Path, text: str) -> None:
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp.write_text(text, encoding='utf-8')
+    os.replace(tmp, path)
+
+
+def _named(params: nnx.State) -> tuple[dict[str, Any], frozenset[str]]:
+    """Dotted name → array, and the names whose first axis counts layers."""
+    tensors, stacked = {}, set()
+    for path, variable in nnx.to_flat_state(params):
+        name = '.'.join(map(str, path))
+        tensors[name] = np.asarray(variable[...])
+        if (variable.get_metadata().get('axes') or (None,))[0] == 'layers':
+            stacked.add(name)
+    return tensors, frozenset(stacked)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / 'config.json'
+    if not folder.is_dir():
+        raise UserError(f"model folder '{folder}' does not exist: give a folder that holds config.json")
+    if not path.is_file():
+        raise UserError(f"model folder '{folder}' has no config.json: give a folder written by the export tool")
+    try:
+        index = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({_first_line(error)}): copy the release again") from None
+    if not isinstance(index, dict) or index.get('format') != FORMAT:
+        found = index.get('format') if isinstance(index, dict) else index
+        raise UserError(f"'{path}' has format {found!r}, this version reads format {FORMAT}: use a matching muse")
+    if not isinstance(index.get('parts'), dict):
+        raise UserError(f"'{path}' names no parts: copy the release again")
+    return index
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_config(folder: Path, part: str) -> tuple[Any, dict[str, Any]]:
+    entry = _read_index(folder)['parts'].get(part)
+    if not isinstance(entry, dict) or not isinstance(entry.get('config'), dict) or 'sha256' not in entry:
+        raise UserError(f"'{folder / 'config.json'}' has no whole entry for '{part}': export that part into the folder")
+    try:
+        return read(CONFIGS[part], entry['config']), entry
+    except UserError as error:
+        raise UserError(f"'{folder / 'config.json'}', part '{part}': {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(f"weights file '{path}' does not exist: copy the release again")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = _first_line(error)
+        raise UserError(f"weights file '{path}' is truncated or corrupted ({reason}): copy the release again") from None
+
+
+def load_part(folder: str | Path, part: str) -> Part:
+    """Reads one part of a release.
+
+    Raises:
+        UserError: a missing, truncated or corrupted file, a wrong format number, tensors that do not belong to the
+            config (named), or content that does not have the hash of `config.json`.
+    """
+    folder = Path(folder)
+    config, entry = _read_config(folder, part)
+    path = folder / f'{part}.safetensors'
+    packed = _read_tensors(path)
+    _, template = graphdef_and_template(part, config)
+    flat = {'.'.join(map(str, route)): (route, variable) for route, variable in nnx.to_flat_state(template)}
+    _check_tensors(path, packed, {name: tuple(variable.shape) for name, (_, variable) in flat.items()})
+    found = content_hash(packed)
+    if found != entry['sha256']:
+        raise UserError(f"'{path}' does not have the hash that config.json names: the two are of different exports")
+    params = nnx.from_flat_state(
+        (route, variable.replace(jnp.asarray(unpack(packed, name)))) for name, (route, variable) in flat.items()
+    )
+    return Part(config, params, found, {key: value for key, value in entry.items() if key not in _OWN_KEYS})
+
+
+def _check_tensors(path: Path, packed: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
+    way_out = 'the file is of another config; copy the release again'
+    for name, shape in shapes.items():
+        if name not in packed:
+            raise UserError(f"'{path}' lacks tensor '{name}': {way_out}")
+        if packed[name].shape != shape:
+            raise UserError(f"'{path}' holds '{name}' as {packed[name].shape}, its config says {shape}: {way_out}")
+        if packed[name].dtype == np.int8 and name + SCALE not in packed:
+            raise UserError(f"'{path}' lacks tensor '{name + SCALE}': {way_out}")
+    scales = {name + SCALE for name in shapes if packed[name].dtype == np.int8}
+    if surplus := sorted(packed.keys() - shapes.keys() - scales):
+        raise UserError(f"'{path}' holds tensor '{surplus[0]}', which its config has no place for: {way_out}")
+
+
+def load_release(folder: str | Path) -> Release:
+    """Reads a whole release and checks that its parts belong together.
+
+    Raises:
+        UserError: as `load_part`; a missing vocabulary; a base trained on another tokenizer or text encoder.
+    """
+    folder = Path(folder)
+    base = load_part(folder, 'base')
+    parts = {part: load_part(folder, part) for part in ('tokenizer', 'text_encoder')}
+    for part, loaded in parts.items():
+        wanted = base.extra.get(f'{part}_sha256')
+        if wanted != loaded.hash:
+            raise UserError(
+                f"'{folder}': the base was trained on {part} {str(wanted)[:12]}, the folder holds {loaded.hash[:12]}: "
+                f'put the {part} it was trained on into the folder'
+            )
+    try:
+        decode = read(DecodeConfig, base.extra.get('decode') or {}, 'decode.')
+    except UserError as error:
+        raise UserError(f"'{folder / 'config.json'}', part 'base': {error}") from None
+    _check_shapes(folder, base.config, parts['tokenizer'].config, parts['text_encoder'].config)
+    vocabulary = folder / VOCABULARY
+    if not vocabulary.is_file():
+        raise UserError(f"vocabulary '{vocabulary}' does not exist: copy the release again")
+    return Release(parts['tokenizer'], parts['text_encoder'], base, decode, vocabulary)
+
+
+def _check_shapes(folder: Path, base: TransformerConfig, tokenizer: VQConfig, text_encoder: T5Config) -> None:
+    for what, theirs, needed in (
+        ('codebook_size', tokenizer.codebook_size, base.codebook_size),
+        ('text_width', text_encoder.width, base.text_width),
+    ):
+        if theirs != needed:
+            raise UserError(f"'{folder}': the base has {what} {needed}, its parts have {theirs}: export them again")

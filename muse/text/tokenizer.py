@@ -1,0 +1,135 @@
+"""Sentencepiece vocabulary: prompt → ids, ended by </s>, zero padded to a fixed length."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int
+
+from muse.errors import UserError, warn
+
+MAX_PROMPT_BYTES = 1_000_000
+PAD_ID = 0
+WORD_START = '▁'  # what sentencepiece puts before the first piece of a word
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of one text, </s> included (none at all for a blank text), and what of the text was cut off."""
+
+    ids: list[int]
+    lost: str
+
+
+class Tokenizer:
+    """A sentencepiece model with T5's special ids: pad 0, and an end of sentence."""
+
+    def __init__(self, model: str | Path | bytes):
+        """Reads a `spiece.model` from a path, or takes its bytes.
+
+        Raises:
+            UserError: the file is missing, is no sentencepiece model, or has no </s> or another pad id than 0.
+        """
+        name = 'vocabulary' if isinstance(model, bytes) else f"vocabulary '{model}'"
+        if not isinstance(model, bytes):
+            try:
+                model = Path(model).read_bytes()
+            except OSError as error:
+                raise UserError(f'{name} cannot be read ({error.strerror}): give a spiece.model file') from None
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise UserError(f'{name} is not a sentencepiece model: it is truncated or another kind of file') from None
+        self.eos_id = self._pieces.eos_id()
+        if self.eos_id < 0 or self._pieces.pad_id() != PAD_ID:
+            raise UserError(f'{name} lacks </s> or its pad id is not {PAD_ID}: use a vocabulary with T5’s special ids')
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run over 0..vocab_size-1."""
+        return self._pieces.GetPieceSize()
+
+    def encode(self, text: str, max_length: int) -> Encoded:
+        """Ids of `text`, at most `max_length` with </s>. Warns of unknown characters and of a cut.
+
+        Raises:
+            UserError: `text` is over 1 MB.
+        """
+        encoded, unknown = self._encode(text, max_length)
+        _warn(unknown, [encoded.lost] if encoded.lost else [], max_length)
+        return encoded
+
+    def batch(self, texts: Sequence[str], length: int) -> tuple[Int[np.ndarray, 'B S'], Int[np.ndarray, ' B']]:
+        """Ids of several texts, zero padded to `length`, and how many are real. Warns once for the whole batch.
+
+        Raises:
+            UserError: a text is over 1 MB.
+        """
+        ids_BS, len_B = np.full((len(texts), length), PAD_ID, np.int32), np.zeros(len(texts), np.int32)
+        unknown, lost = {}, []
+        for row, text in enumerate(texts):
+            encoded, characters = self._encode(text, length)
+            ids_BS[row, : len(encoded.ids)] = encoded.ids
+            len_B[row] = len(encoded.ids)
+            unknown |= characters
+            lost += [encoded.lost] if encoded.lost else []
+        _warn(unknown, lost, length)
+        return ids_BS, len_B
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, up to the first </s> or pad."""
+        kept = []
+        for token in ids:
+            if token in (self.eos_id, PAD_ID):
+                break
+            kept.append(int(token))
+        return self._pieces.Decode(kept)
+
+    def word_ids(self, text: str) -> list[tuple[int, int]]:
+        """(id, index of its word in `clean(text).split()`) of each piece, without </s>."""
+        ids = self._pieces.EncodeAsIds(clean(text))
+        starts = np.cumsum([self._pieces.IdToPiece(token).startswith(WORD_START) for token in ids])
+        return [(token, max(0, int(word) - 1)) for token, word in zip(ids, starts, strict=True)]
+
+    def _encode(self, text: str, max_length: int) -> tuple[Encoded, dict[str, None]]:
+        size = len(text.encode('utf-8', 'surrogatepass'))
+        if size > MAX_PROMPT_BYTES:
+            raise UserError(f'a prompt of {size} bytes is over the limit of {MAX_PROMPT_BYTES}: shorten it')
+        pieces = self.word_ids(text)
+        if not pieces:
+            return Encoded([], ''), {}
+        kept, cut = [token for token, _ in pieces[: max_length - 1]], pieces[max_length - 1 :]
+        lost = ' '.join(clean(text).split()[cut[0][1] :]) if cut else ''
+        return Encoded([*kept, self.eos_id], lost), dict.fromkeys(self._unknown(kept, text))
+
+    def _unknown(self, ids: list[int], text: str) -> str:
+        """Characters of the text that are no pieces: those spelled in bytes, or all of the unknown."""
+        spelled = bytes(int(self._pieces.IdToPiece(token)[1:-1], 16) for token in ids if self._pieces.IsByte(token))
+        unknown = spelled.decode('utf-8', 'ignore')
+        if self._pieces.unk_id() in ids:
+            pieces = self._pieces.EncodeAsPieces(clean(text))
+            unknown += ''.join(p for p in pieces if self._pieces.PieceToId(p) == self._pieces.unk_id())
+        return unknown.replace(WORD_START, '')
+
+
+def clean(text: str) -> str:
+    """One line in compatibility form, without control, formatting, surrogate or unassigned characters."""
+    text = ''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in unicodedata.normalize('NFKC', text))
+    return ' '.join(''.join(c for c in text if unicodedata.category(c)[0] != 'C').split())
+
+
+def _warn(unknown: dict[str, None], lost: list[str], length: int) -> None:
+    if unknown:
+        shown = ' '.join(list(unknown)[:10]) + (' …' if len(unknown) > 10 else '')
+        warn(f'not in the vocabulary, read byte by byte or as unknown: {shown}')
+    if lost:
+        words = lost[0].split()
+        shown = ' '.join(words[:5])[:80] + (' …' if len(words) > 5 else '')
+        others = f' (and {len(lost) - 1} other prompts were cut)' if len(lost) > 1 else ''
+        warn(f"prompt is longer than {length - 1} tokens: lost from '{shown}' on{others}")

@@ -1,0 +1,121 @@
+"""Where numbers and pictures of a run go: metrics.jsonl, TensorBoard, PNG grids, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def tile(img_BHWC: np.ndarray, gap: int = 2) -> Image.Image:
+    """Pictures side by side on a near-square sheet with white gaps."""
+    count, height, width, _ = img_BHWC.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    sheet = Image.new('RGB', (columns * (width + gap) - gap, rows * (height + gap) - gap), 'white')
+    for i, img_HWC in enumerate(img_BHWC):
+        place = (i % columns * (width + gap), i // columns * (height + gap))
+        sheet.paste(Image.fromarray(img_HWC), place)
+    return sheet
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drops the lines of a JSONL file that come after `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding='utf-8').splitlines():
+        try:
+            if json.loads(line)['step'] <= step:
+                kept.append(line + '\n')
+        except (ValueError, KeyError):
+            continue
+    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp.write_text(''.join(kept), encoding='utf-8')
+    os.replace(tmp, path)
+
+
+class Writer:
+    """Writes the numbers of one run; does nothing on hosts other than the first.
+
+    Args:
+        workdir: gets metrics.jsonl, log.txt, grids/ and tensorboard/.
+        start_step: steps done before; lines beyond it are dropped, so that steps stay unique.
+        steps: length of the run, for the ETA.
+        batch_size: global, for pictures a second.
+        active: True on the first host.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, steps: int, batch_size: int, active: bool):
+        self.active, self._batch_size, self._workdir, self._steps = active, batch_size, workdir, steps
+        if not active:
+            return
+        cut_after(workdir / 'metrics.jsonl', start_step)
+        self._jsonl = open(workdir / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
+        self._log = open(workdir / 'log.txt', 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
+        purge = start_step + 1 if start_step else None
+        self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=purge)
+        rate = f'{{rate_fmt}}, {batch_size} images each'
+        self._bar = tqdm(
+            total=steps,
+            initial=start_step,
+            unit='step',
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format=f'{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}, {rate}{{postfix}}]',
+        )
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self.active:
+            self._bar.update(1)
+
+    def line(self, text: str) -> None:
+        """One plain line for the person watching and for log.txt."""
+        if not self.active:
+            return
+        print(text, file=self._log)
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl. `values` hold 'loss'; 'images_per_s' and 'eta_s' are for people."""
+        if not self.active:
+            return
+        print(json.dumps({'step': step, **values}), file=self._jsonl)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        speed = values.get('images_per_s')
+        self._bar.set_postfix_str(f'loss {values["loss"]:.4f}' + (f', {speed:.1f} images/s' if speed else ''))
+        shown = ' '.join(f'{name}={value:.4g}' for name, value in values.items())
+        print(f'step {step}/{self._steps} {shown}', file=self._log)
+        if self._bar.disable:
+            eta = f' eta={(self._steps - step) * self._batch_size / speed:.0f}s' if speed else ''
+            print(f'step {step}/{self._steps} {shown}{eta}', flush=True)
+
+    def pictures(self, step: int, img_BHWC: np.ndarray) -> None:
+        """A sheet of pictures as grids/<step>.png and in TensorBoard."""
+        if not self.active:
+            return
+        sheet = tile(img_BHWC)
+        folder = self._workdir / 'grids'
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f'{step:08d}.png')
+        self._board.add_image('grid', np.asarray(sheet).transpose(2, 0, 1), step)
+
+    def close(self) -> None:
+        """Flushes and closes all."""
+        if self.active:
+            self._bar.close()
+            self._board.close()
+            self._jsonl.close()
+            self._log.close()

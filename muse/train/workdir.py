@@ -1,0 +1,92 @@
+"""The folder of a run: whose it is, and what is written into it before the first step."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from muse import __version__
+from muse.config import Run, to_dict
+from muse.errors import UserError
+
+_SHAPELESS = ('remat', 'unroll', 'attention', 'dtype')  # model keys that may change between two starts
+
+
+def check_workdir(workdir: Path, config: Run) -> None:
+    """Checks that a run can live in `workdir`; writes nothing.
+
+    Raises:
+        UserError: it cannot be written, or holds a run of another model.
+    """
+    existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"workdir '{workdir}' cannot be made, '{existing}' is a file: choose another --workdir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"workdir '{workdir}' cannot be written: choose another --workdir")
+    path = workdir / 'config.json'
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): choose another --workdir") from None
+    wanted = json.loads(json.dumps(to_dict(config)))
+    for part in ('task', 'model'):
+        _same(found.get(part), wanted[part], part, workdir)
+
+
+def _same(found: Any, wanted: Any, key: str, workdir: Path) -> None:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in wanted.keys() - set(_SHAPELESS):
+            _same(found.get(name), wanted[name], f'{key}.{name}', workdir)
+    elif found != wanted:
+        raise UserError(
+            f"workdir '{workdir}' holds a run with {key} = {found!r}, the config says {wanted!r}: "
+            'use that config or another --workdir'
+        )
+
+
+def claim_workdir(workdir: Path, config: Run, abstract_state: dict[str, PyTree]) -> None:
+    """Makes the folder; the first host writes config.json (every key) and run.json (versions, parameter count).
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            _write_json(workdir / 'config.json', to_dict(config))
+            _write_json(workdir / 'run.json', _description(abstract_state['params']))
+    except OSError as error:
+        raise UserError(f"workdir '{workdir}' cannot be written ({error}): choose another --workdir") from None
+
+
+def _description(params: PyTree) -> dict[str, Any]:
+    packages = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain')
+    return {
+        'muse': __version__,
+        'python': platform.python_version(),
+        'packages': {name: _version(name) for name in packages},
+        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return 'absent'
+
+
+def _write_json(path: Path, value: Any) -> None:
+    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+    os.replace(tmp, path)

@@ -1,0 +1,163 @@
+"""T5 encoder: parity with Hugging Face's on random weights, relative positions, and what padding may not do."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from muse.config import T5Config
+from muse.models.t5 import T5Encoder, relative_buckets
+
+GOLDEN = Path(__file__).parents[1] / 'golden'
+TINY = T5Config(vocab_size=50, width=32, mlp_dim=48, head_dim=8, heads=4, layers=2, max_length=16)
+
+
+@pytest.fixture(scope='module')
+def encoder():
+    return T5Encoder(TINY, rngs=nnx.Rngs(params=0))
+
+
+def run(encoder: T5Encoder, ids, lengths) -> np.ndarray:
+    graphdef, params = nnx.split(encoder, nnx.Param)
+    apply = jax.jit(lambda params, ids, lengths: nnx.merge(graphdef, params)(ids, lengths))
+    return np.asarray(apply(params, jnp.asarray(ids), jnp.asarray(lengths, jnp.int32)))
+
+
+def from_golden(tensors: dict[str, np.ndarray], gated: bool) -> T5Encoder:
+    """Our encoder holding the golden's weights."""
+    weights = {k.removeprefix('weight.'): v.astype(np.float32) for k, v in tensors.items() if k.startswith('weight.')}
+    table, relative = weights.pop('encoder.embed_tokens.weight'), 'SelfAttention.relative_attention_bias.weight'
+    config = T5Config(
+        vocab_size=table.shape[0], width=48, mlp_dim=80, head_dim=16, heads=3, layers=3, gated=gated, max_length=100
+    )
+    encoder = T5Encoder(config, rngs=nnx.Rngs(params=0))
+    encoder.token_embedder.embedding[...] = jnp.asarray(table)
+    encoder.encoder.relpos_bias.rel_embedding[...] = jnp.asarray(weights.pop(f'encoder.block.0.layer.0.{relative}').T)
+    encoder.encoder.encoder_norm.scale[...] = jnp.asarray(weights.pop('encoder.final_layer_norm.weight'))
+    layers = encoder.encoder.layers
+    theirs = {
+        'layer.0.layer_norm': layers.pre_attention_layer_norm.scale,
+        'layer.1.layer_norm': layers.pre_mlp_layer_norm.scale,
+        'layer.0.SelfAttention.q': layers.attention.query.kernel,
+        'layer.0.SelfAttention.k': layers.attention.key.kernel,
+        'layer.0.SelfAttention.v': layers.attention.value.kernel,
+        'layer.0.SelfAttention.o': layers.attention.out.kernel,
+        'layer.1.DenseReluDense.wo': layers.mlp.wo.kernel,
+    }
+    inputs = ('wi_0', 'wi_1') if gated else ('wi',)
+    theirs |= {f'layer.1.DenseReluDense.{name}': getattr(layers.mlp, name).kernel for name in inputs}
+    for name, parameter in theirs.items():
+        stacked = [weights.pop(f'encoder.block.{layer}.{name}.weight') for layer in range(config.layers)]
+        parameter[...] = jnp.asarray(np.stack([w.T for w in stacked]))
+    assert not weights, f'not read: {list(weights)}'
+    return encoder
+
+
+@pytest.mark.parametrize(('name', 'gated'), [('t5_v1_1', True), ('t5_v1_0', False)])
+def test_states_equal_hugging_face(name, gated):
+    tensors = load_file(GOLDEN / f'{name}.safetensors')
+    states = run(from_golden(tensors, gated), tensors['ids'].astype(np.int32), tensors['lengths'])
+    ours, theirs = states[:, tensors['positions']], tensors['states']
+    real = tensors['positions'][None] < tensors['lengths'][:, None]
+    scale = np.abs(theirs[real]).max()
+    assert real.sum() > 90 and scale > 0.5
+    assert np.abs(ours[real] - theirs[real]).max() <= 2e-5 * scale
+    assert (ours[~real] == 0).all()
+
+
+def bucket(distance: int, buckets: int, max_distance: int) -> int:
+    """The formula of the T5 paper in exact arithmetic: no logarithm, so no rounding."""
+    half, exact = buckets // 2, buckets // 4
+    offset = half if distance > 0 else 0
+    distance = abs(distance)
+    if distance < exact:
+        return offset + distance
+    wide = half - exact
+    steps = 0  # the largest k with distance/exact ≥ (max/exact)^(k/wide), capped
+    while steps + 1 < wide and Fraction(distance, exact) ** wide >= Fraction(max_distance, exact) ** (steps + 1):
+        steps += 1
+    return offset + exact + steps
+
+
+@pytest.mark.parametrize(('buckets', 'max_distance'), [(32, 128), (32, 64), (16, 128), (8, 20)])
+def test_relative_buckets(buckets, max_distance):
+    found = relative_buckets(150, buckets, max_distance)
+    expected = {d: bucket(d, buckets, max_distance) for d in range(-149, 150)}
+    for query, key in np.ndindex(found.shape):
+        assert found[query, key] == expected[key - query], (query, key)
+    assert set(expected.values()) == set(range(buckets)) - {buckets // 2}  # 0 ahead is the query itself
+
+
+def test_padding_changes_nothing(encoder):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, 50, (3, 9))
+    lengths = [9, 4, 6]
+    padded = np.zeros((3, 16), np.int32)
+    padded[:, :9] = ids
+    together = run(encoder, padded, lengths)
+    for row, length in enumerate(lengths):
+        alone = run(encoder, ids[row : row + 1, :length].astype(np.int32), [length])[0]
+        np.testing.assert_allclose(together[row, :length], alone, atol=1e-6 * np.abs(alone).max() * 10)
+        assert (together[row, length:] == 0).all()
+
+
+def test_pads_and_batch_mates_never_matter(encoder):
+    rng = np.random.default_rng(1)
+    ids = rng.integers(2, 50, (4, 12)).astype(np.int32)
+    lengths = [5, 12, 0, 1]
+    states = run(encoder, ids, lengths)
+    garbage = np.where(np.arange(12) < np.array(lengths)[:, None], ids, rng.integers(0, 50, ids.shape)).astype(np.int32)
+    assert (run(encoder, garbage, lengths) == states).all()
+    mates = garbage.copy()
+    mates[1:] = rng.integers(0, 50, (3, 12))
+    assert (run(encoder, mates, [5, 7, 12, 3])[0] == states[0]).all()
+
+
+def test_row_without_text_is_finite_zeros(encoder):
+    states = run(encoder, np.zeros((2, 6), np.int32), [0, 3])
+    assert (states[0] == 0).all() and np.isfinite(states).all() and np.abs(states[1, :3]).min() > 0
+
+
+def test_word_order_matters(encoder):
+    forward = run(encoder, np.array([[5, 6, 7, 1]], np.int32), [4])[0]
+    swapped = run(encoder, np.array([[7, 6, 5, 1]], np.int32), [4])[0]
+    assert np.abs(forward[[0, 1, 2]] - swapped[[2, 1, 0]]).max() > 0.05
+
+
+def test_soft_one_hots_equal_ids(encoder):
+    ids = np.random.default_rng(2).integers(0, 50, (2, 7)).astype(np.int32)
+    hard = run(encoder, ids, [7, 5])
+    for rows in (50, int(ids.max()) + 1):
+        np.testing.assert_allclose(run(encoder, np.eye(rows, dtype=np.float32)[ids], [7, 5]), hard, atol=1e-6)
+
+
+def test_gradient_reaches_the_words(encoder):
+    weights = jax.nn.one_hot(jnp.array([[3, 9, 1, 0]]), 50)
+
+    def total(weights):
+        return encoder(weights, jnp.array([3])).sum()
+
+    gradient = jax.grad(total)(weights)
+    assert (np.abs(gradient[0, :3]).max(-1) > 0).all() and (gradient[0, 3] == 0).all()
+
+
+def test_bfloat16_stays_close(encoder):
+    ids = np.random.default_rng(3).integers(2, 50, (2, 16)).astype(np.int32)
+    half = T5Encoder(T5Config(**{**vars(TINY), 'dtype': 'bfloat16', 'remat': 'full'}), rngs=nnx.Rngs(params=0))
+    exact, rounded = run(encoder, ids, [16, 11]), run(half, ids, [16, 11])
+    assert rounded.dtype == jnp.bfloat16
+    assert np.abs(rounded.astype(np.float32) - exact).max() < 0.06 * np.abs(exact).max()
+
+
+def test_paper_size_is_xxl():
+    shapes = nnx.state(nnx.eval_shape(lambda: T5Encoder(T5Config(), rngs=nnx.Rngs(params=0))), nnx.Param)
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    assert count == 32128 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096) + 64 * 32 + 4096
+    assert 4.6e9 < count < 4.9e9

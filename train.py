@@ -1,0 +1,41 @@
+"""Trains a part of Muse: python train.py --config=configs/tiny/base.py --workdir=DIR [--config.train.steps=100 ...]
+
+Running the same command again goes on from the newest checkpoint. The averaged weights end in DIR/export.
+"""
+
+from __future__ import annotations
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from muse.config import read_run
+from muse.errors import UserError, main_guard
+from muse.train.command_line import parse_flags, use_compilation_cache
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; its keys are set by --config.a.b=value.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of checkpoints, metrics, grids and the exported weights.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other hosts of this job (jax.distributed).')
+
+
+def main(_: list[str]) -> None:
+    """Reads the flags and runs the loop."""
+    with main_guard():
+        if _CONFIG.value is None or not _WORKDIR.value:
+            raise UserError('train.py needs --config=FILE and --workdir=DIR')
+        logging.set_verbosity(logging.WARNING)
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
+        use_compilation_cache()
+        from muse.train.loop import run
+
+        run(read_run(_CONFIG.value.to_dict()), _WORKDIR.value)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    with main_guard():
+        return parse_flags(argv)
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=_parse)
