@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
         folders = {'tokenizer': _TOKENIZER.value, 'text_encoder': _TEXT.value, 'base': _BASE.value, 'out': _OUT.value}
         if missing := [f'--{name}=FOLDER' for name, value in folders.items() if not value]:
             raise UserError(f'tools/export.py needs {" ".join(missing)}')
-        paths = {name: Path(value) for name, value in folders.items()}
+        paths = {name: Path(str(value)) for name, value in folders.items()}
         size = export(**paths, storage=cast(Storage, _STORAGE.value))
         print(f'{paths["out"]}: {size / 2**20:.1f} MiB ({_STORAGE.value})')
 

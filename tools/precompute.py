@@ -66,9 +66,13 @@ def main(_: list[str]) -> None:
                 shards=_SHARDS.value,
                 batch_size=_BATCH.value,
                 seed=_SEED.value,
-                progress=bar.update,
+                progress=lambda examples: _show(bar, examples),
             )
         print(f"{total} examples of split '{data.split}' are in {os.path.abspath(_OUT.value)}")
+
+
+def _show(bar: tqdm, examples: int) -> None:
+    bar.update(examples)
 
 
 def _parse(argv: list[str]) -> list[str]:

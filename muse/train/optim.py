@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from muse.config import OptimConfig
 
 _STACKED = 'layers'  # logical axis that counts copies of a layer; it makes no vector a matrix
 
 
-def learning_rate(config: OptimConfig, steps: int) -> Callable[[Array | int], Array]:
+def learning_rate(config: OptimConfig, steps: int) -> Callable[[ArrayLike], Array]:
     """Linear warm-up from 0 to the peak, then a cosine down to `final_fraction` of it at step `steps`."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
 
-    def at(step: Array | int) -> Array:
+    def at(step: ArrayLike) -> Array:
         step = jnp.asarray(step, jnp.float32)
         rising = (step + 1) / (warmup + 1)
         done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
