@@ -31,7 +31,7 @@ def row_keys(seed: int | Integer[Array, ''] | Integer[Array, ' B'], index_B: Int
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed_B, index_B)
 
 
-def masked_share(progress: Float[Array, '...'], schedule: Schedule) -> Float[Array, '...']:
+def masked_share(progress: Float[Array, ...], schedule: Schedule) -> Float[Array, ...]:
     """γ(progress): the share of the unknown tokens still masked; γ(0) = 1, γ(1) = 0."""
     match schedule:
         case 'cosine':
@@ -73,7 +73,9 @@ def sample_tokens(
     return tok_BT, chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
-def lowest(score_BT: Float[Array, 'B T'], among_BT: Bool[Array, 'B T'], count_B: Int[Array, ' B']) -> Bool[Array, 'B T']:
+def lowest(
+    score_BT: Float[Array, 'B T'], among_BT: Bool[Array, 'B T'], count_B: Int[Array, ' B']
+) -> Bool[Array, 'B T']:
     """Marks exactly `count_B` of the positions `among_BT` of each row: those of lowest score, ties by position."""
     positions_BT = jnp.broadcast_to(jnp.arange(score_BT.shape[1]), score_BT.shape)
     order_BT = jax.lax.sort((~among_BT, score_BT, positions_BT), dimension=1, num_keys=2)[2]

@@ -22,7 +22,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns '; did you mean X?' for the closest of `choices`, or a list of them when none is close."""
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; choose one of {', '.join(choices)}"
+    return f"; did you mean '{close[0]}'?" if close else f'; choose one of {", ".join(choices)}'
 
 
 def warn(message: str) -> None:

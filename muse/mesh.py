@@ -30,7 +30,7 @@ RULES: dict[str, str] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices with the axes 'data', 'fsdp', 'tensor', each left to the compiler (`AxisType.Auto`).
 
     Raises:

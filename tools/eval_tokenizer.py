@@ -47,16 +47,16 @@ def sheet(run, img_NHWC: np.ndarray):
     return grids.grid(pairs, columns=8)
 
 
-def _count(name: str) -> int:
-    value = FLAGS[name].value
-    if value < 1:
-        raise UserError(f'--{name}={value}: give 1 or more')
-    return value
+def _check_counts() -> None:
+    counts = {'num': FLAGS.num, 'batch_size': FLAGS.batch_size, 'image_size': FLAGS.image_size}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f'--{name}={value}: give 1 or more')
 
 
 def main(_: list[str]) -> None:
     with main_guard():
-        number, batch_size = _count('num'), _count('batch_size')
+        _check_counts()
         out = Path(FLAGS.out)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -68,11 +68,11 @@ def main(_: list[str]) -> None:
             judges = {f'lpips_{arch}': perceptual.load_lpips(FLAGS.perceptual, arch) for arch in ('vgg', 'alex')}
         if FLAGS.features:
             feature_net = features.load_features(FLAGS.features)
-        data = DataConfig(kind=FLAGS.kind, path=FLAGS.data, split=FLAGS.split, image_size=_count('image_size'))
-        loader = iter(make_loader(data, batch_size=min(batch_size, number), seed=FLAGS.seed, repeat=True))
+        data = DataConfig(kind=FLAGS.kind, path=FLAGS.data, split=FLAGS.split, image_size=FLAGS.image_size)
+        loader = iter(make_loader(data, batch_size=min(FLAGS.batch_size, FLAGS.num), seed=FLAGS.seed, repeat=True))
         # The first batches are looked at twice: measured, and drawn.
         first = list(itertools.islice(loader, 1))
-        batches = pictures(itertools.chain(first, loader), number)
+        batches = pictures(itertools.chain(first, loader), FLAGS.num)
         result = reconstruction.evaluate_tokenizer(
             part.config, part.params, batches, judges=judges, feature_net=feature_net
         )

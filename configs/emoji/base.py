@@ -1,4 +1,4 @@
-"""The shipped base: 12 layers of width 256 over precomputed tokens of `configs/emoji/tokenizer.py`.
+"""The shipped base: 10 layers of width 256 over precomputed tokens of `configs/emoji/tokenizer.py`.
 
     python tools/precompute.py --config=configs/emoji/tokenizer.py --config.data.path=DATA --text_encoder=TEXT \
         --tokenizer=runs/emoji/tokenizer/export --out=runs/emoji/tokens --num=300000
@@ -24,20 +24,21 @@ def get_config():
                 'width': 256,
                 'mlp_dim': 1024,
                 'heads': 4,
-                'layers': 12,
+                'layers': 10,
                 'text_width': 256,
                 'text_length': 63,
                 'remat': 'none',
-                'unroll': 12,
+                'unroll': 10,
+                'attention': 'cudnn',
                 'dtype': 'bfloat16',
             },
             'data': {**data, 'workers': 8},
             'eval_data': {**data, 'split': 'heldout_pairs'},
-            'optim': {'learning_rate': 1e-3, 'b2': 0.98, 'weight_decay': 0.02, 'warmup_steps': 1000},
+            'optim': {'learning_rate': 1.5e-3, 'b2': 0.98, 'weight_decay': 0.02, 'warmup_steps': 300},
             'decode': {'steps': 24},
             'train': {
                 'steps': 12000,
-                'batch_size': 512,
+                'batch_size': 256,
                 'ema_decay': 0.999,
                 'log_every_steps': 100,
                 'save_every_steps': 4000,

@@ -11,7 +11,7 @@ from muse.train.command_line import complete
 
 
 def get_config():
-    data = {'kind': 'scenes', 'path': 'data/emoji', 'image_size': 256, 'workers': 12, 'text_length': 63}
+    data = {'kind': 'scenes', 'path': 'data/emoji', 'image_size': 256, 'workers': 14, 'text_length': 63}
     schedule = {'learning_rate': 4e-4, 'warmup_steps': 500, 'final_fraction': 0.02}
     return complete(
         {
@@ -29,14 +29,14 @@ def get_config():
                 'perceptual': 0.2,
                 'perceptual_net': 'data/perceptual',
                 'adversarial': 0.1,
-                'adversarial_start_step': 3000,
+                'adversarial_start_step': 1339,
             },
             'data': data,
             'eval_data': {**data, 'split': 'heldout_labels', 'workers': 0},
             'optim': schedule,
             'discriminator_optim': {**schedule, 'learning_rate': 2e-4},
             'train': {
-                'steps': 8000,
+                'steps': 3349,
                 'batch_size': 64,
                 'ema_decay': 0.999,
                 'log_every_steps': 50,

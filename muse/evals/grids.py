@@ -32,9 +32,10 @@ def grid(img_NHWC: UInt8[np.ndarray, 'N H W 3'], *, columns: int, captions: Sequ
     if captions is not None and len(captions) != number:
         raise UserError(f'{len(captions)} captions for {number} pictures: give one for each')
     columns = min(columns, number)
-    font = ImageFont.load_default(size=max(10, min(16, width // 12)))
+    size = max(10, min(16, width // 12))
+    font = ImageFont.load_default(size=size)
     texts = ['\n'.join(_wrap(caption, font, width)) for caption in captions or [''] * number]
-    line = _GAP + int(font.size * 1.2)
+    line = _GAP + int(size * 1.2)
     below = max(text.count('\n') + 1 for text in texts) * line if captions else 0
     rows = -(-number // columns)
     sheet = Image.new('RGB', (columns * (width + _GAP) + _GAP, rows * (height + below + _GAP) + _GAP), _GROUND)

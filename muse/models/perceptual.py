@@ -155,9 +155,7 @@ def features(net: Perceptual, img_BHWC: Float[Array, 'B H W 3']) -> Features:
 
 def _max_pool(x_BHWC: Array, window: int, stride: int) -> Array:
     lowest = np.array(-np.inf, x_BHWC.dtype)  # concrete also under jit: only so is it known as a max, with a gradient
-    return jax.lax.reduce_window(
-        x_BHWC, lowest, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), 'VALID'
-    )
+    return jax.lax.reduce_window(x_BHWC, lowest, jax.lax.max, (1, window, window, 1), (1, stride, stride, 1), 'VALID')
 
 
 def distance(net: Perceptual, features_a: Features, features_b: Features) -> Float[Array, ' B']:

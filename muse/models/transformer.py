@@ -7,7 +7,6 @@ Choices where the paper is silent are listed in docs/design.md.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -127,7 +126,5 @@ class Transformer(nnx.Module):
     def _run(self, tok_BT, apply, per_layer, grid):
         config = self.config
         x_BTD = self.tokens(tok_BT, config.dtype) + self.positions(grid or config.grid).astype(config.dtype)
-        x_BTD = scan_layers(
-            self.blocks, apply, x_BTD, per_layer=per_layer, remat=config.remat, unroll=config.unroll
-        )
+        x_BTD = scan_layers(self.blocks, apply, x_BTD, per_layer=per_layer, remat=config.remat, unroll=config.unroll)
         return self.head(self.final_norm(x_BTD))

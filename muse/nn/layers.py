@@ -88,9 +88,7 @@ def _take_rows_forward(table_VD, ids):
 def _take_rows_backward(residuals, grad):
     ids, rows = residuals
     one_hot = jax.nn.one_hot(ids.reshape(-1), rows, dtype=grad.dtype)
-    grad_VD = jnp.einsum(
-        'nv,nd->vd', one_hot, grad.reshape(-1, grad.shape[-1]), preferred_element_type=jnp.float32
-    )
+    grad_VD = jnp.einsum('nv,nd->vd', one_hot, grad.reshape(-1, grad.shape[-1]), preferred_element_type=jnp.float32)
     return grad_VD, None
 
 

@@ -48,9 +48,9 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int, every_steps: int, every_minutes: float):
         self._every_steps, self._every_seconds = every_steps, every_minutes * 60
         self._saved_at, self._last_step = time.monotonic(), -1
-        policies = ocp.training.preservation_policies
+        newest: Any = ocp.training.preservation_policies.LatestN(max(keep, 1))
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=policies.LatestN(max(keep, 1)), cleanup_tmp_directories=True
+            str(folder.absolute()), preservation_policy=newest, cleanup_tmp_directories=True
         )
 
     def __enter__(self) -> Checkpoints:
@@ -91,6 +91,8 @@ class Checkpoints:
             step = checkpoint.step
             try:
                 metadata = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+                if metadata is None:  # what Orbax returns when files are damaged
+                    raise ValueError('its tensors cannot be listed')
                 self._compare(step, metadata, wanted)
                 like = {_STATE: wanted, _DATA: {'data_step': 0}}
                 loaded = self._checkpointer.load_checkpointables(step, like)

@@ -19,7 +19,7 @@ from muse.errors import UserError, nearest
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in ~/.cache/muse, unless JAX_COMPILATION_CACHE_DIR names another place."""
-    if jax.config.jax_compilation_cache_dir is None and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         folder = os.path.expanduser('~/.cache/muse')
         with contextlib.suppress(OSError):  # a read-only home: compile anew each time
             os.makedirs(folder, exist_ok=True)

@@ -95,10 +95,10 @@ def _train(
     for step in range(start, train.steps + 1):
         last = step == train.steps
         # evaluate
-        if step > start and (last or _every(train.eval_every_steps, step)):
+        if step > start and _due(train.eval_every_steps, step, last):
             window.stop_clock(step)
             window.flush(step, {f'eval_{name}': value for name, value in examiner.evaluate(state).items()})
-        if step > start and (last or _every(train.grid_every_steps, step)):
+        if step > start and _due(train.grid_every_steps, step, last):
             window.stop_clock(step)
             examiner.draw(step, state, writer)
         # save
@@ -120,6 +120,11 @@ def _train(
 
 def _every(period: int, step: int) -> bool:
     return period > 0 and step % period == 0
+
+
+def _due(period: int, step: int, last: bool) -> bool:
+    """Every `period` steps and at the end; a period of 0 is never."""
+    return period > 0 and (last or step % period == 0)
 
 
 class _Window:

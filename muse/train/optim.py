@@ -51,7 +51,7 @@ def _decay_matrices(rate: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _adafactor_decay(step: Array, limit: float) -> Array:
+def _adafactor_decay(step: ArrayLike, limit: ArrayLike) -> Array:
     """Decay of the second moments: 1 − t^−0.8 as AdaFactor has it, never above the configured b2."""
     return jnp.minimum(1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -0.8, limit)
 

@@ -193,7 +193,7 @@ def _revive(run: TokenizerRun, state: State, counts_V: Array, latents_NC: Array,
     if not run.loss.revive_after_steps:
         return state | {'idle_steps': idle_V}
     after = run.loss.revive_after_steps
-    moved = {'idle_steps': idle_V}
+    moved: State = {'idle_steps': idle_V}
     for name in ('params', 'ema'):
         # The same key and counts: both codebooks get the same latents.
         codes_VC = state[name]['codebook'][...]

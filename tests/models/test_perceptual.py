@@ -70,6 +70,16 @@ def test_gradient_is_finite_even_between_flat_pictures(dtype):
         assert bool(jnp.isfinite(grads).all())
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gradient_passes_the_pools_under_jit(dtype):
+    judge = net('alex').astype(dtype)
+    a, b = distorted(0.3)
+    grads = jax.jit(jax.grad(lambda x: lpips(judge, x, b).sum()))(a)
+    assert bool(jnp.isfinite(grads).all()) and float(jnp.abs(grads).max()) > 0
+    # A step against the gradient lowers the distance.
+    assert float(lpips(judge, a - 0.02 * jnp.sign(grads), b).sum()) < float(lpips(judge, a, b).sum())
+
+
 def test_bf16_is_close():
     a, b = distorted(0.3)
     lpips = jax.jit(perceptual.lpips)

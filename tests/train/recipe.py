@@ -38,7 +38,7 @@ from muse.train.precompute import load_nets, precompute
 sys.path.insert(0, str(Path(__file__).parent))
 from toys import save_toy_text_encoder  # noqa: E402
 
-CODES, SIDE, TEXT_WIDTH, TEXT_LENGTH = 64, 8, 32, 31
+CODES, SIDE, TEXT_WIDTH, TEXT_LENGTH = 64, 4, 32, 31
 SCENES = DataConfig(kind='scenes', image_size=32, max_objects=1, text_length=TEXT_LENGTH)
 QUIET = {'log_every_steps': 50, 'save_every_steps': 0, 'save_every_minutes': 0.0, 'eval_every_steps': 0}
 QUIET |= {'eval_batches': 1, 'grid_every_steps': 0}
@@ -49,10 +49,10 @@ def prepare(folder):
     heldout = dataclasses.replace(SCENES, split='heldout_labels')
     run = TokenizerRun(
         model=VQConfig(
-            channels=8, channel_mult=(1, 2, 4), num_res_blocks=1, codebook_size=CODES, code_dim=8, l2_normalize=True
+            channels=8, channel_mult=(1, 2, 2, 4), num_res_blocks=1, codebook_size=CODES, code_dim=8, l2_normalize=True
         ),
         loss=VQLossConfig(perceptual=0.0, adversarial=0.0, revive_after_steps=10),
-        train=TrainConfig(steps=200, batch_size=16, ema_decay=0.95, **QUIET),
+        train=TrainConfig(steps=150, batch_size=16, ema_decay=0.95, **QUIET),
         data=SCENES,
         eval_data=heldout,
         optim=OptimConfig(learning_rate=4e-3, b2=0.99, warmup_steps=20),
@@ -85,11 +85,11 @@ def base_run(folder, seed):
             remat='none',
         ),
         loss=MaskedLossConfig(label_smoothing=0.0, text_dropout=0.0),
-        train=TrainConfig(steps=700, batch_size=32, seed=seed, ema_decay=0.98, **QUIET),
+        train=TrainConfig(steps=700, batch_size=64, seed=seed, ema_decay=0.98, **QUIET),
         data=data,
         eval_data=dataclasses.replace(data, split='heldout_pairs'),
         tokenizer=str(folder / 'tokenizer' / 'export'),
-        optim=OptimConfig(learning_rate=5e-3, b2=0.98, warmup_steps=50),
+        optim=OptimConfig(learning_rate=6e-3, b2=0.98, warmup_steps=50),
     )
 
 

