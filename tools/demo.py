@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import muse
 from muse.errors import UserError, main_guard

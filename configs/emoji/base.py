@@ -1,7 +1,7 @@
 """The shipped base: 10 layers of width 256 over precomputed tokens of `configs/emoji/tokenizer.py`.
 
     python tools/precompute.py --config=configs/emoji/tokenizer.py --config.data.path=DATA --text_encoder=TEXT \
-        --tokenizer=runs/emoji/tokenizer/export --out=runs/emoji/tokens --num=300000
+        --tokenizer=runs/emoji/tokenizer/export --out=runs/emoji/tokens --num=150000
     ... and once more with --split=heldout_pairs --num=0, then:
     python train.py --config=configs/emoji/base.py --workdir=runs/emoji/base --config.text_encoder=TEXT
 
@@ -35,13 +35,13 @@ def get_config():
             'data': {**data, 'workers': 8},
             'eval_data': {**data, 'split': 'heldout_pairs'},
             'optim': {'learning_rate': 1.5e-3, 'b2': 0.98, 'weight_decay': 0.02, 'warmup_steps': 300},
-            'decode': {'steps': 24},
+            'decode': {'steps': 16, 'guidance_scale': 3.0, 'temperature': 0.5, 'choice_temperature': 8.0},
             'train': {
-                'steps': 12000,
+                'steps': 7898,
                 'batch_size': 256,
                 'ema_decay': 0.999,
                 'log_every_steps': 100,
-                'save_every_steps': 4000,
+                'save_every_steps': 3000,
                 'eval_every_steps': 2000,
                 'eval_batches': 1,
                 'grid_every_steps': 4000,

@@ -33,7 +33,7 @@ def get_config():
             'decode': {'steps': 12},
             'optim': {'learning_rate': 1e-3, 'b2': 0.99, 'warmup_steps': 100},
             'train': {
-                'steps': 1500,
+                'steps': 1000,
                 'batch_size': 32,
                 'ema_decay': 0.99,
                 'log_every_steps': 50,

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the session: many of these tests compile the same ones."""
+"""Compilation is most of the time here: programs are kept for the session, and compiled quickly rather than well."""
 
 from __future__ import annotations
 
@@ -12,3 +12,11 @@ def compilation_cache(tmp_path_factory):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
     yield
     jax.config.update('jax_compilation_cache_dir', None)
+
+
+@pytest.fixture(scope='module')
+def quick_compiles():
+    """For tests of a few steps on tiny models."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)

@@ -17,6 +17,9 @@ from muse.models.transformer import Transformer
 from muse.train import base
 
 
+pytestmark = pytest.mark.usefixtures('quick_compiles')
+
+
 def graphdef_of(run):
     return nnx.split(nnx.eval_shape(lambda: Transformer(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
 

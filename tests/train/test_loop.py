@@ -21,6 +21,8 @@ from muse.models.vqgan import VQGAN
 from muse.release.format import load_part, save_part
 from muse.train import base, frozen, loop
 
+pytestmark = pytest.mark.usefixtures('quick_compiles')
+
 TOKENIZER = VQConfig(
     channels=4, channel_mult=(1, 1, 1), num_res_blocks=1, codebook_size=CODES, code_dim=4, dtype='float32'
 )

@@ -13,6 +13,9 @@ from muse.models.transformer import Transformer
 from muse.train.optim import is_matrix, learning_rate, make_optimizer, update_ema
 
 
+pytestmark = pytest.mark.usefixtures('quick_compiles')
+
+
 def test_learning_rate_warms_up_and_falls():
     config = OptimConfig(learning_rate=2.0, warmup_steps=10, final_fraction=0.1)
     at = learning_rate(config, 110)
