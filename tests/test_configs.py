@@ -20,7 +20,7 @@ from muse.train.command_line import complete
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
 NAMES = sorted(str(path.relative_to(ROOT / 'configs'))[:-3] for path in (ROOT / 'configs').rglob('*.py'))
-PARAMETERS = {'paper/base_3b': 3.2e9, 'paper/base_632m': 0.632e9, 'emoji/base': 13.7e6}
+PARAMETERS = {'paper/base_3b': 3.2e9, 'paper/base_632m': 0.632e9, 'emoji/base': 11.6e6}
 
 
 def config(name):

@@ -23,17 +23,17 @@ flags.DEFINE_string('model', None, 'Release folder; default: the model that come
 flags.DEFINE_integer('seed', 0, 'The same seed gives the same pictures.')
 
 PROMPTS = (
-    'a red apple, noto style',
-    'a dog, twemoji style',
-    'a cat, fluent 3d style',
-    'a red heart, noto style',
-    'a pizza, fluent flat style',
-    'a house, twemoji style',
-    'the sun, noto style, on a light blue ground',
-    'a red apple left of a banana, noto style',
+    'a green apple, noto style',
+    'two strawberries, noto style',
+    'a butterfly, twemoji style',
+    'a mushroom, noto style',
+    'a crescent moon, twemoji style',
+    'a panda, fluent 3d style',
+    'a sunflower, noto style, on a light blue ground',
+    'a red heart left of a blue heart, noto style',
 )
-REPAINTED = 0  # this picture's right half is painted anew …
-NEW_PROMPT = 'a green apple, noto style'  # … under this prompt
+REPAINTED = 7  # this picture's right half is painted anew …
+NEW_PROMPT = 'a red heart left of a strawberry, noto style'  # … under this prompt
 
 
 def main(argv: list[str]) -> None:

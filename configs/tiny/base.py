@@ -6,6 +6,8 @@
     python train.py --config=configs/tiny/base.py --workdir=runs/tiny/base
 
 Hardware: 2 CPU cores, about 4 minutes.
+Expect: held-out masked loss near 3.0 nats (unigram entropy of the tokens 4.65; without text 3.2, shuffled captions
+3.7), and the right caption ahead of a shuffled one on 9 pictures of 10.
 """
 
 from muse.train.command_line import complete

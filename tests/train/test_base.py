@@ -16,7 +16,6 @@ from muse.mesh import make_mesh, replicated, shard_batch, shardings
 from muse.models.transformer import Transformer
 from muse.train import base
 
-
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
 

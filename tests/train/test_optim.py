@@ -12,7 +12,6 @@ from muse.config import OptimConfig, TransformerConfig
 from muse.models.transformer import Transformer
 from muse.train.optim import is_matrix, learning_rate, make_optimizer, update_ema
 
-
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
 
