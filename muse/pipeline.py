@@ -181,7 +181,7 @@ class Muse:
         branches = [conditions] if settings.guidance_scale == 0 else [conditions, [negative] * len(conditions)]
         shape = (len(conditions), math.prod(self.grid))
         return np.asarray(
-            _draw(
+            draw(
                 self._base,
                 self._tokenizer,
                 jnp.stack([jnp.stack([txt_SD for txt_SD, _ in rows]) for rows in branches]),
@@ -251,7 +251,7 @@ traces: Counter[str] = Counter()  # how often JAX has traced each program: other
 
 
 @partial(jax.jit, static_argnames=('graphs', 'steps', 'defaults'))
-def _draw(
+def draw(
     base_params: nnx.State,
     tokenizer_params: nnx.State,
     txt_GBSD: Float[Array, 'G B S D'],
@@ -267,7 +267,19 @@ def _draw(
     steps: int,
     defaults: DecodeConfig,
 ) -> UInt8[Array, 'B H W 3']:
-    """Text states → tokens → pixels. All G guidance branches of a row run as one batch of G · B."""
+    """Text states → tokens → pixels. All G guidance branches of a row run as one batch of G · B.
+
+    The one program of sampling, editing and the sheets that training draws.
+
+    Args:
+        base_params, tokenizer_params: of the modules whose structure is `graphs`.
+        txt_GBSD, len_GB: text of each branch: (conditional) or (conditional, negative or none).
+        canvas_BT, keep_BT: token ids and which of them are known.
+        index_B, seed: the noise of each row is made of both.
+        guidance_scale, temperature: see `DecodeConfig`; traced, so that other values compile nothing.
+        steps: of decoding.
+        defaults: what is fixed for a model: schedules and the noise on the confidence.
+    """
     traces['draw'] += 1
     base, tokenizer = nnx.merge(graphs[0], base_params), nnx.merge(graphs[1], tokenizer_params)
     branches, batch = len_GB.shape

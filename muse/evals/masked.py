@@ -6,13 +6,14 @@ is filled in three times, so the three losses differ by the text alone. No label
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from muse.errors import UserError
 from muse.masking import mask_ratio, masked_ce, random_mask
@@ -101,11 +102,14 @@ def summary(losses: dict[str, Float[np.ndarray, ' N']], tok_NT: Int[np.ndarray, 
     }
 
 
-def _nats(graphdef, params, tok_BT, mask_BT, txt_BSD, len_B) -> Float[Array, ' B']:
-    return _jitted_nats(graphdef, params, tok_BT, mask_BT, txt_BSD, np.asarray(len_B, np.int32))
-
-
-@jax.jit(static_argnums=0)
-def _jitted_nats(graphdef, params, tok_BT, mask_BT, txt_BSD, len_B):
+@partial(jax.jit, static_argnums=0)
+def _nats(
+    graphdef: Any,
+    params: nnx.State,
+    tok_BT: Int[Array, 'B T'],
+    mask_BT: Bool[Array, 'B T'],
+    txt_BSD: Float[Array, 'B S D'],
+    len_B: Int[Array, ' B'],
+) -> Float[Array, ' B']:
     model: Transformer = nnx.merge(graphdef, params)
     return masked_ce(model(jnp.where(mask_BT, model.mask_id, tok_BT), txt_BSD, len_B), tok_BT, mask_BT)

@@ -15,12 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from muse import guidance
 from muse.config import BaseRun, DataConfig, DecodeConfig
-from muse.decode import decode, row_keys
 from muse.errors import UserError
 from muse.mesh import shardings
-from muse.models.vqgan import to_float, to_uint8
+from muse.models.vqgan import to_float
+from muse.pipeline import draw
 from muse.release.format import VOCABULARY, Part, graphdef_and_template, load_part, shipped
 from muse.text.tokenizer import Tokenizer
 from muse.train.task import Batch
@@ -105,47 +104,24 @@ class Frozen:
 
     def draw(self, graphdef: Any, params: nnx.State, batch: Batch, key: Key[Array, ''], pictures: int) -> Array:
         """Pictures for the first captions of a batch, uint8 `[N, H, W, 3]`, replicated over the mesh."""
-        net, graphdefs = self.tokenizer, (graphdef, self.tokenizer.graphdef)
-        seed = jax.random.randint(key, (), 0, 2**31 - 1)
-        return _draw(graphdefs, self.decode, self.grid, pictures, params, net.params, batch['txt'], batch['len'], seed)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(
-    graphdefs: tuple[Any, Any],
-    config: DecodeConfig,
-    grid: tuple[int, int],
-    pictures: int,
-    params: nnx.State,
-    tokenizer_params: nnx.State,
-    txt_BSD: Float[Array, 'B S D'],
-    len_B: Int[Array, ' B'],
-    seed: Array,
-) -> UInt8[Array, 'N H W 3']:
-    model, tokenizer = nnx.merge(graphdefs[0], params), nnx.merge(graphdefs[1], tokenizer_params)
-    txt_BSD, len_B = txt_BSD[:pictures], len_B[:pictures]
-    rows = txt_BSD.shape[0]
-    both_txt, both_len = jnp.concatenate([txt_BSD, txt_BSD]), jnp.concatenate([len_B, jnp.zeros_like(len_B)])
-    memory = model.memory(both_txt)
-
-    def logits_fn(tok_BT: Array, progress: Array) -> Array:
-        logits = model.logits(jnp.concatenate([tok_BT, tok_BT]), memory, both_len, grid)
-        scale_B = jnp.full((rows,), config.guidance_scale, jnp.float32)
-        weights = guidance.cfg_weights(guidance.scale_at(scale_B, progress, config.guidance_schedule))
-        return guidance.guided_logits(logits.reshape(2, rows, *logits.shape[1:]), weights)
-
-    empty_BT = jnp.zeros((rows, grid[0] * grid[1]), jnp.int32)
-    tok_BT = decode(
-        logits_fn,
-        empty_BT,
-        jnp.zeros(empty_BT.shape, bool),
-        row_keys(seed, jnp.arange(rows)),
-        steps=config.steps,
-        temperature=config.temperature,
-        choice_temperature=config.choice_temperature,
-        schedule=config.schedule,
-    )
-    return to_uint8(tokenizer.decode(tok_BT.reshape(rows, *grid)))
+        net, config = self.tokenizer, self.decode
+        txt_BSD, len_B = batch['txt'][:pictures], batch['len'][:pictures]
+        canvas_BT = jnp.zeros((txt_BSD.shape[0], self.grid[0] * self.grid[1]), jnp.int32)
+        return draw(
+            params,
+            net.params,
+            jnp.stack([txt_BSD, txt_BSD]),
+            jnp.stack([len_B, jnp.zeros_like(len_B)]),
+            canvas_BT,
+            canvas_BT > 0,
+            jnp.arange(txt_BSD.shape[0]),
+            jax.random.randint(key, (), 0, 2**31 - 1),
+            jnp.float32(config.guidance_scale),
+            jnp.float32(config.temperature),
+            graphs=(graphdef, net.graphdef),
+            steps=config.steps,
+            defaults=config,
+        )
 
 
 def _check_tokenizer(run: BaseRun, tokenizer: Part) -> None:
