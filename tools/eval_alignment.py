@@ -30,6 +30,7 @@ from muse.data.splits import HELDOUT_PAIRS, SPLITS, TRAIN
 from muse.data.sprites import Sprites, load_sprites
 from muse.errors import UserError, main_guard, warn
 from muse.evals import alignment, features, grids
+from muse.pipeline import Settings
 
 FLAGS = flags.FLAGS
 BATCH = 8
@@ -83,9 +84,8 @@ def _read_cache(cache: Path, about: str) -> np.ndarray | None:
         return None
 
 
-def draw(model: muse.Muse, captions: list[str]) -> list[np.ndarray]:
-    """One picture a caption, uint8 `[H, W, 3]`, with the settings of the flags."""
-    settings = model.settings(FLAGS.seed, FLAGS.steps, FLAGS.guidance_scale, FLAGS.temperature)
+def draw(model: muse.Muse, captions: list[str], settings: Settings) -> list[np.ndarray]:
+    """One picture a caption, uint8 `[H, W, 3]`."""
     found = []
     for picture in model.stream(captions, settings):
         found.append(np.asarray(picture))
@@ -106,17 +106,19 @@ def write_sheets(out: Path, drawn: list[np.ndarray], true: list[np.ndarray], cap
     return paths
 
 
-def measure(model: muse.Muse, net: features.FeatureNet, data: str, number: int, out: Path) -> dict:
-    """Everything that is printed."""
+def measure(
+    model: muse.Muse, net: features.FeatureNet, settings: Settings, *, data: str, number: int, out: Path
+) -> dict:
+    """Everything that is printed. The settings' seed also chooses the pairs."""
     size = model.size[0]
     splits = {name: load_sprites(data, name, size) for name in SPLITS}
     gallery = make_gallery(net, splits, size, out / 'gallery_features.npz')
     sprites = splits[HELDOUT_PAIRS]
-    chosen = np.random.default_rng(FLAGS.seed).permutation(len(sprites))[:number]
+    chosen = np.random.default_rng(settings.seed).permutation(len(sprites))[:number]
     asked = [(sprites.words[i].label, sprites.words[i].style) for i in chosen]
     true, captions = map(list, zip(*(scenes.plain(sprites, int(i), size) for i in chosen), strict=True))
     own_Q = sum(len(splits[name]) for name in SPLITS[: SPLITS.index(HELDOUT_PAIRS)]) + chosen
-    drawn = draw(model, captions)
+    drawn = draw(model, captions, settings)
     remade = (np.asarray(model.decode(model.encode(Image.fromarray(img_HWC)))) for img_HWC in true)
     drawn_QD, true_QD = measured(net, iter(drawn)), gallery.unit_ND[own_Q]
     return {
@@ -130,6 +132,9 @@ def measure(model: muse.Muse, net: features.FeatureNet, data: str, number: int, 
         'pictures': len(drawn),
         'gallery': len(gallery.labels),
         'model': model.release.name,
+        'steps': settings.steps,
+        'guidance_scale': settings.guidance_scale,
+        'seed': settings.seed,
         'sheets': write_sheets(out, drawn, true, captions),
     }
 
@@ -144,7 +149,8 @@ def main(_: list[str]) -> None:
         except OSError as error:
             raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
         model, net = muse.load(FLAGS.model or None), features.load_features(FLAGS.features)
-        print(json.dumps(measure(model, net, FLAGS.data, FLAGS.num, out)))
+        settings = model.settings(FLAGS.seed, FLAGS.steps, FLAGS.guidance_scale, FLAGS.temperature)
+        print(json.dumps(measure(model, net, settings, data=FLAGS.data, number=FLAGS.num, out=out)))
 
 
 if __name__ == '__main__':

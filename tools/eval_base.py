@@ -67,9 +67,9 @@ def measure(model: muse.Muse, data: str, split: str, *, number: int, seed: int, 
 
 def main(_: list[str]) -> None:
     with main_guard():
-        for name in ('num', 'masks', 'batch_size'):
-            if FLAGS[name].value < 1:
-                raise UserError(f'--{name}={FLAGS[name].value}: give 1 or more')
+        for name, value in {'num': FLAGS.num, 'masks': FLAGS.masks, 'batch_size': FLAGS.batch_size}.items():
+            if value < 1:
+                raise UserError(f'--{name}={value}: give 1 or more')
         result = measure(
             muse.load(FLAGS.model or None),
             FLAGS.data,

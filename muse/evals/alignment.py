@@ -7,11 +7,11 @@ reports CLIP scores (§3, tables 1 and 2), which a net that never saw this art c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 
 from muse.errors import UserError
 
@@ -38,13 +38,6 @@ def unit(feature_ND: Float[np.ndarray, 'N D']) -> Float[np.ndarray, 'N D']:
     """Feature vectors scaled to length 1, float32, so that an inner product is the cosine."""
     feature_ND = np.asarray(feature_ND, np.float32)
     return feature_ND / np.maximum(np.linalg.norm(feature_ND, axis=1, keepdims=True), 1e-12)
-
-
-def unit_features(
-    measure: Callable[[np.ndarray], Float[np.ndarray, 'B D']], batches: Iterable[UInt8[np.ndarray, 'B H W 3']]
-) -> Float[np.ndarray, 'N D']:
-    """`unit` of `measure` of each batch of pictures, joined."""
-    return unit(np.concatenate([np.asarray(measure(img_BHWC)) for img_BHWC in batches]))
 
 
 def search(

@@ -21,18 +21,19 @@ from muse.models.transformer import Transformer
 
 
 def wrong_rows(captions: list[str], seed: int) -> Int[np.ndarray, ' N']:
-    """For each row another row whose caption it is shown as the wrong one: a random order in which none is its own.
+    """For each row another row, whose different caption is the wrong one; each row serves once, in a random order.
 
     Raises:
-        UserError: half of the captions or more are the same text, or there are fewer than two.
+        UserError: more than half of the captions are the same text, so that not each can change.
     """
-    order = np.random.default_rng(seed).permutation(len(captions))
-    for shift in range(1, len(captions)):
-        wrong_N = np.empty(len(captions), np.int64)
-        wrong_N[order] = np.roll(order, shift)
-        if all(captions[i] != captions[j] for i, j in enumerate(wrong_N)):
-            return wrong_N
-    raise UserError(f'{len(captions)} captions cannot be shuffled so that each changes: take more pictures')
+    place = {text: i for i, text in enumerate(np.random.default_rng(seed).permutation(sorted(set(captions))))}
+    order = np.array(sorted(range(len(captions)), key=lambda row: place[captions[row]]))
+    most = max(captions.count(text) for text in place)
+    if 2 * most > len(captions):
+        raise UserError(f'{most} of {len(captions)} captions are the same, so no shuffle changes each: take more')
+    wrong_N = np.empty(len(captions), np.int64)
+    wrong_N[order] = np.roll(order, -most)  # equal captions lie together, and no group is longer than the shift
+    return wrong_N
 
 
 def masked_losses(
