@@ -64,6 +64,8 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
 
 def open_folder(out: str) -> Path:
     """Makes the output folder and tries that files can be written into it."""
+    if not out:
+        raise UserError('--out is empty: name a folder')
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

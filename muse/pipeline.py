@@ -128,6 +128,7 @@ class Muse:
         defaults = self.release.decode
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise UserError(f'negative_prompt is {negative_prompt!r}; give a text or None')
+        _check_unicode('negative_prompt', negative_prompt or '')
         settings = Settings(
             seed=_count('seed', seed, 0, 2**32 - 1),
             steps=_count('steps', defaults.steps if steps is None else steps, 1, math.prod(self.grid)),
@@ -352,9 +353,17 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise UserError(f'prompt {prompt!r} is a {type(prompt).__name__}; give a text')
+        _check_unicode('prompt', prompt)
     if blank := sum(not prompt.strip() for prompt in prompts):
         warn(f'empty prompts: {blank} of {len(prompts)}; drawn without text')
     return prompts
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{name} {text[:40]!r} holds bytes that are no UTF-8: save or type it as UTF-8') from None
 
 
 def _count(name: str, value: Any, low: int, high: int | None = None) -> int:

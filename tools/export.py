@@ -16,7 +16,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from muse.errors import UserError, main_guard
-from muse.release.format import VOCABULARY, load_part, load_release, save_part
+from muse.release.format import VOCABULARY, file_hash, load_part, load_release, save_part
 
 _TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Folder of the tokenizer.')
 _TEXT = flags.DEFINE_string('text_encoder', None, 'Folder of the text encoder and its vocabulary.')
@@ -50,7 +50,8 @@ def export(tokenizer: Path, text_encoder: Path, base: Path, out: Path, storage: 
         raise UserError(f"vocabulary '{vocabulary}' does not exist: give the folder the text encoder was made in")
     extra = dict(trained.extra)
     for name, part in parts.items():
-        stored = save_part(out, name, config=part.config, params=part.params, storage=storage, extra=part.extra)
+        notes = part.extra | ({'vocabulary_sha256': file_hash(vocabulary)} if name == 'text_encoder' else {})
+        stored = save_part(out, name, config=part.config, params=part.params, storage=storage, extra=notes)
         extra[f'{name}_sha256'] = stored
     save_part(out, 'base', config=trained.config, params=trained.params, storage=storage, extra=extra)
     if vocabulary.resolve() != (out / VOCABULARY).resolve():

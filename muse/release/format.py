@@ -10,7 +10,9 @@ token ids mean other pictures, so such a folder is refused. Files are written be
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -198,12 +200,19 @@ def load_part(folder: str | Path, part: str) -> Part:
     config, entry = _read_config(folder, part)
     path = folder / f'{part}.safetensors'
     packed = _read_tensors(path)
-    _, template = graphdef_and_template(part, config)
+    try:
+        _, template = graphdef_and_template(part, config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        where = f"'{folder / 'config.json'}', part '{part}'"
+        raise UserError(f'{where}: its values make no model ({_first_line(error)}): copy the release again') from None
     flat = {'.'.join(map(str, route)): (route, variable) for route, variable in nnx.to_flat_state(template)}
     _check_tensors(path, packed, {name: tuple(variable.shape) for name, (_, variable) in flat.items()})
     found = content_hash(packed)
     if found != entry['sha256']:
-        raise UserError(f"'{path}' does not have the hash that config.json names: the two are of different exports")
+        raise UserError(
+            f"'{path}' is corrupted or of another export (its hash is not the one config.json names): copy the release "
+            'again'
+        )
     params = nnx.from_flat_state(
         (route, variable.replace(jnp.asarray(unpack(packed, name)))) for name, (route, variable) in flat.items()
     )
@@ -240,15 +249,34 @@ def load_release(folder: str | Path) -> Release:
                 f"'{folder}': the base was trained on {part} {str(wanted)[:12]}, the folder holds {loaded.hash[:12]}: "
                 f'put the {part} it was trained on into the folder'
             )
-    try:
-        decode = read(DecodeConfig, base.extra.get('decode') or {}, 'decode.')
-    except UserError as error:
-        raise UserError(f"'{folder / 'config.json'}', part 'base': {error}") from None
+    decode = _read_decode(folder, base.extra.get('decode') or {})
     _check_shapes(folder, base.config, parts['tokenizer'].config, parts['text_encoder'].config)
     vocabulary = folder / VOCABULARY
     if not vocabulary.is_file():
         raise UserError(f"vocabulary '{vocabulary}' does not exist: copy the release again")
+    wanted = parts['text_encoder'].extra.get('vocabulary_sha256')
+    if wanted is not None and file_hash(vocabulary) != wanted:
+        raise UserError(f"vocabulary '{vocabulary}' is not the one the text encoder learned: copy the release again")
     return Release(parts['tokenizer'], parts['text_encoder'], base, decode, vocabulary)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_decode(folder: Path, values: Any) -> DecodeConfig:
+    where = f"'{folder / 'config.json'}', part 'base'"
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: 'decode' must be a group of keys, not {values!r}")
+    try:
+        decode = read(DecodeConfig, values, 'decode.')
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+    numbers = (decode.guidance_scale, decode.temperature, decode.choice_temperature)
+    if decode.steps < 1 or not all(0 <= x < math.inf for x in numbers):
+        raise UserError(f'{where}: decode.steps must be at least 1, its scale and temperatures at least 0')
+    return decode
 
 
 def _check_shapes(folder: Path, base: TransformerConfig, tokenizer: VQConfig, text_encoder: T5Config) -> None:
@@ -258,3 +286,8 @@ def _check_shapes(folder: Path, base: TransformerConfig, tokenizer: VQConfig, te
     ):
         if theirs != needed:
             raise UserError(f"'{folder}': the base has {what} {needed}, its parts have {theirs}: export them again")
+    if base.text_length > text_encoder.max_length:
+        raise UserError(
+            f"'{folder}': the base reads {base.text_length} text tokens, the text encoder makes at most "
+            f'{text_encoder.max_length}: export them again'
+        )

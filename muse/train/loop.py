@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from muse.config import BaseRun, DataConfig, Run
+from muse.config import BaseRun, DataConfig, Run, TrainConfig
 from muse.errors import UserError
 from muse.mesh import check_batch, make_mesh, replicated, shard_batch, shardings
 from muse.train.checkpoint import Checkpoints
@@ -42,11 +42,13 @@ def run(config: Run, workdir: str | Path) -> State:
     workdir, train = Path(workdir), config.train
     mesh = make_mesh(config.mesh)
     check_batch(mesh, train.batch_size, train.accumulate)
+    check_train(train)
     check_workdir(workdir, config)
     init_key, step_key, eval_key = jax.random.split(jax.random.key(train.seed), 3)
     with jax.set_mesh(mesh):
         task = make_task(config, mesh)
         abstract = _abstract_state(task, init_key, mesh)
+    _check_data(config)
     claim_workdir(workdir, config, abstract)
     with jax.set_mesh(mesh), _checkpoints(config, workdir) as checkpoints:
         restored = checkpoints.restore(abstract)
@@ -64,6 +66,27 @@ def run(config: Run, workdir: str | Path) -> State:
         finally:
             writer.close()
     return state
+
+
+def check_train(train: TrainConfig) -> None:
+    """Raises UserError when a count of the loop is out of range."""
+    if train.steps < 1:
+        raise UserError(f'train.steps is {train.steps}: give at least 1')
+    for name in ('log_every_steps', 'save_every_steps', 'eval_every_steps', 'grid_every_steps', 'keep_checkpoints'):
+        low = 1 if name in ('log_every_steps', 'keep_checkpoints') else 0
+        if getattr(train, name) < low:
+            raise UserError(f'train.{name} is {getattr(train, name)}: give at least {low}')
+    if not 0 <= train.ema_decay < 1:
+        raise UserError(f'train.ema_decay is {train.ema_decay}: give a number from 0 to below 1')
+
+
+def _check_data(config: Run) -> None:
+    """Opens both sources once, so that a wrong one stops the run before anything is written."""
+    from muse.data.sources import open_source
+
+    open_source(config.data)
+    if config.train.eval_every_steps or config.train.grid_every_steps:
+        open_source(config.eval_data)
 
 
 def make_task(config: Run, mesh: Mesh) -> Task:

@@ -122,7 +122,8 @@ def test_the_tool_on_the_sample(tiny_model, tmp_path):
     assert found['gallery'] == 192 and found['pictures'] == 9
     assert found['ceiling_true']['pair_top1'] == 1.0 and found['true_without_itself']['pair_top1'] == 0.0
     assert found['copying_drawn']['nearer_than_any'] == 0.0  # random weights draw nothing known
-    width, height = Image.open(found['sheets'][0]).size
+    with Image.open(found['sheets'][0]) as sheet:
+        width, height = sheet.size
     assert len(found['sheets']) == 1 and width > 10 * 16 and height > 2 * 16
 
 
