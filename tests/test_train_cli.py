@@ -79,3 +79,23 @@ def test_the_script_itself(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count('\n') == 1 and 'no/such/folder' in done.stderr and done.stderr.startswith('error: ')
     assert not (tmp_path / 'run').exists(), 'nothing half-written'
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('--config.eval_data.split=nope', "'nope'"),
+        ('--config.train.steps=0', 'train.steps is 0: give at least 1'),
+        ('--config.train.save_every_steps=-1', 'train.save_every_steps is -1: give at least 0'),
+        ('--config.data.kind=folder', 'folder'),
+    ],
+)
+def test_wrong_values_stop_before_anything_is_written(parse, tmp_path, override, message):
+    from muse.config import read_run
+    from muse.train.loop import run
+
+    config = parse(f'--config={ROOT / "configs" / "tiny" / "tokenizer.py"}', '--config.train.batch_size=8', override)
+    with pytest.raises(UserError) as caught:
+        run(read_run(config.to_dict()), tmp_path / 'run')
+    assert message in str(caught.value) and '\n' not in str(caught.value)
+    assert not (tmp_path / 'run').exists() or not list((tmp_path / 'run').iterdir())
