@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from muse.config import T5Config
-from muse.nn.attention import attention
+from muse.nn.attention import Backend, attention
 from muse.nn.layers import Linear, RMSNorm, param, scan_layers, stack, take_rows
 
 
@@ -66,6 +66,7 @@ class T5Attention(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.heads, inner = config.heads, config.heads * config.head_dim
+        self.backend: Backend = config.attention
         self.query = Linear(config.width, inner, ('embed', 'heads'), rngs=rngs, scale=config.head_dim**-0.5)
         self.key = Linear(config.width, inner, ('embed', 'heads'), rngs=rngs)
         self.value = Linear(config.width, inner, ('embed', 'heads'), rngs=rngs)
@@ -77,7 +78,9 @@ class T5Attention(nnx.Module):
         q_BSNH, k_BSNH, v_BSNH = (
             project(x_BSD).reshape(*x_BSD.shape[:2], self.heads, -1) for project in (self.query, self.key, self.value)
         )
-        y_BSNH = attention(q_BSNH, k_BSNH, v_BSNH, lengths_B=lengths_B, bias_1NTS=bias_1NSS, scale=1.0)
+        y_BSNH = attention(
+            q_BSNH, k_BSNH, v_BSNH, lengths_B=lengths_B, bias_1NTS=bias_1NSS, scale=1.0, backend=self.backend
+        )
         return self.out(y_BSNH.reshape(*x_BSD.shape[:2], -1))
 
 
@@ -124,7 +127,7 @@ class Encoder(nnx.Module):
     """The stack of layers under one position bias, and the last norm."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        self.remat = config.remat
+        self.remat, self.unroll = config.remat, config.unroll
         self.relpos_bias = RelativePositionBias(config, rngs=rngs)
         self.layers = stack(lambda rngs: T5Layer(config, rngs=rngs), config.layers, rngs=rngs)
         self.encoder_norm = RMSNorm(config.width, rngs=rngs)
@@ -135,7 +138,7 @@ class Encoder(nnx.Module):
         def apply(layer: T5Layer, x_BSD, _):
             return layer(x_BSD, bias_1NSS, lengths_B)
 
-        return self.encoder_norm(scan_layers(self.layers, apply, x_BSD, remat=self.remat))
+        return self.encoder_norm(scan_layers(self.layers, apply, x_BSD, remat=self.remat, unroll=self.unroll))
 
 
 class T5Encoder(nnx.Module):

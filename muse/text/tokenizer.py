@@ -1,4 +1,8 @@
-"""Sentencepiece vocabulary: prompt → ids, ended by </s>, zero padded to a fixed length."""
+"""Vocabulary: prompt → ids, ended by </s>, zero padded to a fixed length (§2.1).
+
+A text goes to the vocabulary as it was written: what becomes of compatibility forms, case, blanks and control
+characters is the vocabulary's own rule, so that ids are those that the text encoder was trained on.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import sentencepiece
 from jaxtyping import Int
 
 from muse.errors import UserError, warn
+from muse.text.unigram import from_tokenizer_json
 
 MAX_PROMPT_BYTES = 1_000_000
 PAD_ID = 0
@@ -30,10 +35,10 @@ class Tokenizer:
     """A sentencepiece model with T5's special ids: pad 0, and an end of sentence."""
 
     def __init__(self, model: str | Path | bytes):
-        """Reads a `spiece.model` from a path, or takes its bytes.
+        """Reads a `spiece.model` or a `tokenizer.json` from a path, or takes the bytes of one.
 
         Raises:
-            UserError: the file is missing, is no sentencepiece model, or has no </s> or another pad id than 0.
+            UserError: the file is missing, is neither, or has no </s> or another pad id than 0.
         """
         name = 'vocabulary' if isinstance(model, bytes) else f"vocabulary '{model}'"
         if not isinstance(model, bytes):
@@ -41,6 +46,9 @@ class Tokenizer:
                 model = Path(model).read_bytes()
             except OSError as error:
                 raise UserError(f'{name} cannot be read ({error.strerror}): give a spiece.model file') from None
+        if model[:1] == b'{':
+            model = from_tokenizer_json(model, name)
+        self.model = model  # as a spiece.model, whatever it was read from
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model)
@@ -92,8 +100,10 @@ class Tokenizer:
         return self._pieces.Decode(kept)
 
     def word_ids(self, text: str) -> list[tuple[int, int]]:
-        """(id, index of its word in `clean(text).split()`) of each piece, without </s>."""
-        ids = self._pieces.EncodeAsIds(clean(text))
+        """(id, index of its word) of each piece, without </s>. In a text without odd characters words are
+        `text.split()`.
+        """
+        ids = self._pieces.EncodeAsIds(_encodable(text))
         starts = np.cumsum([self._pieces.IdToPiece(token).startswith(WORD_START) for token in ids])
         return [(token, max(0, int(word) - 1)) for token, word in zip(ids, starts, strict=True)]
 
@@ -101,11 +111,13 @@ class Tokenizer:
         size = len(text.encode('utf-8', 'surrogatepass'))
         if size > MAX_PROMPT_BYTES:
             raise UserError(f'a prompt of {size} bytes is over the limit of {MAX_PROMPT_BYTES}: shorten it')
-        pieces = self.word_ids(text)
+        words = clean(text).split()
+        pieces = self.word_ids(text) if words else []
         if not pieces:
             return Encoded([], ''), {}
         kept, cut = [token for token, _ in pieces[: max_length - 1]], pieces[max_length - 1 :]
-        lost = ' '.join(clean(text).split()[cut[0][1] :]) if cut else ''
+        # Where the vocabulary sees more words than `clean` does (a zero-width blank), the last is named at least.
+        lost = ' '.join(words[min(cut[0][1], len(words) - 1) :]) if cut else ''
         return Encoded([*kept, self.eos_id], lost), dict.fromkeys(self._unknown(kept, text))
 
     def _unknown(self, ids: list[int], text: str) -> str:
@@ -113,20 +125,29 @@ class Tokenizer:
         spelled = bytes(int(self._pieces.IdToPiece(token)[1:-1], 16) for token in ids if self._pieces.IsByte(token))
         unknown = spelled.decode('utf-8', 'ignore')
         if self._pieces.unk_id() in ids:
-            pieces = self._pieces.EncodeAsPieces(clean(text))
+            pieces = self._pieces.EncodeAsPieces(_encodable(text))
             unknown += ''.join(p for p in pieces if self._pieces.PieceToId(p) == self._pieces.unk_id())
         return unknown.replace(WORD_START, '')
 
 
+def _encodable(text: str) -> str:
+    """The text without lone surrogates, which no encoding has a place for."""
+    return text.encode('utf-8', 'ignore').decode('utf-8')
+
+
 def clean(text: str) -> str:
-    """One line in compatibility form, without control, formatting, surrogate or unassigned characters."""
+    """One line in compatibility form, without control, formatting, surrogate or unassigned characters.
+
+    What is left is what a person can see: a text of which nothing is left is no text.
+    """
     text = ''.join(' ' if unicodedata.category(c) == 'Cc' else c for c in unicodedata.normalize('NFKC', text))
     return ' '.join(''.join(c for c in text if unicodedata.category(c)[0] != 'C').split())
 
 
 def _warn(unknown: dict[str, None], lost: list[str], length: int) -> None:
     if unknown:
-        shown = ' '.join(list(unknown)[:10]) + (' …' if len(unknown) > 10 else '')
+        shown = ' '.join(c if c.isprintable() else f'U+{ord(c):04X}' for c in list(unknown)[:10])
+        shown += ' …' if len(unknown) > 10 else ''
         warn(f'not in the vocabulary, read byte by byte or as unknown: {shown}')
     if lost:
         words = lost[0].split()

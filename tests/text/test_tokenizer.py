@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,9 +30,12 @@ def test_case_and_blanks_do_not_matter(tokenizer):
     assert tokenizer.encode('  A Red\tAPPLE \n', 16) == tokenizer.encode('a red apple', 16)
 
 
-def test_control_characters_are_dropped(tokenizer):
+def test_control_characters_are_the_vocabularys_matter(tokenizer):
     assert clean('a\x00red\x1b ap\u200bple\u202e\ud800') == 'a red apple'
-    assert tokenizer.encode('a\x00red ap\u200bple\ud800', 16) == tokenizer.encode('a red apple', 16)
+    assert tokenizer.encode('a\x01red ap\u200bple', 16) == tokenizer.encode('ared ap ple', 16)  # nmt_nfkc's rules
+    assert tokenizer.encode('a red\ud800 apple', 16) == tokenizer.encode('a red apple', 16)
+    with pytest.warns(InputWarning, match=r'not in the vocabulary.*: U\+0000$'):
+        assert tokenizer.encode('a\x00 red', 16).ids[-1] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize('blank', ['', ' ', '\n\t', '\u200b\x00'])
@@ -116,4 +121,73 @@ def test_any_text_is_taken(tokenizer, text, length):
         encoded = tokenizer.encode(text, length)
     assert len(encoded.ids) <= length and all(0 < i < tokenizer.vocab_size for i in encoded.ids)
     assert not encoded.ids or (encoded.ids[-1] == tokenizer.eos_id and len(encoded.ids) >= 2)
-    assert clean(text).endswith(encoded.lost)
+    assert ' '.join(clean(text).split()).endswith(encoded.lost)
+
+
+GOLDEN = Path(__file__).parents[1] / 'golden' / 't5_vocabulary'
+
+
+@pytest.mark.parametrize('file', ['spiece.model', 'tokenizer.json'])
+def test_ids_equal_transformers(file):
+    t5 = Tokenizer(GOLDEN / file)
+    for example in json.loads((GOLDEN / 'ids.json').read_text()):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', InputWarning)
+            assert t5.encode(example['text'], 1000).ids == example['ids'], example['text']
+
+
+def hub_style(content: dict) -> dict:
+    """As the files on the hub are: sequences of steps, of which sentencepiece does all but one by itself."""
+    strip = [{'type': 'Strip', 'strip_left': False, 'strip_right': True}]
+    blanks = {'type': 'Replace', 'pattern': {'Regex': ' {2,}'}, 'content': '▁'}
+    steps = [content['normalizer'], *strip, blanks]
+    return content | {
+        'normalizer': {'type': 'Sequence', 'normalizers': steps},
+        'pre_tokenizer': content['pre_tokenizer']['pretokenizers'][1],
+    }
+
+
+def test_hub_style_json_is_the_same():
+    content = json.loads((GOLDEN / 'tokenizer.json').read_text())
+    plain = Tokenizer(GOLDEN / 'tokenizer.json')
+    assert Tokenizer(json.dumps(hub_style(content)).encode()).model == plain.model
+    assert plain.vocab_size == Tokenizer(GOLDEN / 'spiece.model').vocab_size + 4  # <extra_id_3> … <extra_id_0>
+    assert Tokenizer(plain.model).encode('a red dog', 9) == plain.encode('a red dog', 9)
+
+
+def test_spelled_special_tokens_are_plain_characters():
+    for file in ('spiece.model', 'tokenizer.json'):
+        with pytest.warns(InputWarning, match='not in the vocabulary'):
+            ids = Tokenizer(GOLDEN / file).encode('dog </s> <extra_id_0> <pad>', 64).ids
+        assert ids.count(1) == 1 and 0 not in ids and max(ids) < 80
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'model': {'type': 'BPE'}}, 'has a BPE model: only Unigram'),
+        ({'normalizer': {'type': 'Lowercase'}}, 'normalises by Lowercase'),
+        ({'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': '?'}}, 'damaged table'),
+        ({'pre_tokenizer': {'type': 'ByteLevel'}}, 'splits words by ByteLevel'),
+        ({'pre_tokenizer': None}, 'splits words by none'),
+        ({'model': None}, 'truncated or no tokenizer.json'),
+        ({'model': {'type': 'Unigram', 'vocab': [['a']], 'unk_id': 0}}, 'truncated or no tokenizer.json'),
+    ],
+)
+def test_json_of_another_kind(change, message):
+    content = json.loads((GOLDEN / 'tokenizer.json').read_text()) | change
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(json.dumps(content).encode())
+    assert '\n' not in str(caught.value)
+
+
+def test_truncated_json():
+    content = (GOLDEN / 'tokenizer.json').read_bytes()
+    for size in (1, 100, len(content) // 2, len(content) - 2):
+        with pytest.raises(UserError, match='truncated or no tokenizer.json'):
+            Tokenizer(content[:size])
+
+
+def test_real_size_limit_is_fast(tokenizer):
+    with pytest.raises(UserError, match='10000000 bytes is over the limit of 1000000: shorten it'):
+        tokenizer.encode('a' * 10_000_000, 127)

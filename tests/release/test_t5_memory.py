@@ -1,0 +1,117 @@
+"""Loading a T5 never holds it twice: peak memory of the host and what each of eight devices holds.
+
+On a CPU a device's memory is the host's, so the peak counts the loaded encoder too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='reads Linux’s memory figures')
+
+ROOT = Path(__file__).parents[2]
+NAMES = {'F32': 4, 'BF16': 2}
+MEASURE = """
+import json, re, sys
+import jax, jax.numpy as jnp
+from muse.config import MeshConfig
+from muse.mesh import make_mesh
+from muse.release.t5_checkpoints import load_t5
+
+def high_water():
+    return int(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read()).group(1))
+
+folder, dtype, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
+mesh = make_mesh(MeshConfig(data=1, fsdp=devices)) if devices > 1 else None
+jnp.zeros(10).block_until_ready()
+small = load_t5(folder + '/small', dtype=dtype, mesh=mesh)  # whatever is imported and made once
+open('/proc/self/clear_refs', 'w').write('5')  # the high-water mark is what is held now
+before = high_water()
+loaded = load_t5(folder + '/large', dtype=dtype, mesh=mesh)
+leaves = jax.block_until_ready(jax.tree.leaves(loaded.params))
+after = high_water()
+held = {}
+for leaf in leaves:
+    for shard in leaf.addressable_shards:
+        held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+print(json.dumps({
+    'encoder': sum(leaf.nbytes for leaf in leaves), 'peak': (after - before) * 1024,
+    'parameters': sum(leaf.size for leaf in leaves), 'held': list(held.values()),
+}))
+"""
+
+
+def write_sparse(folder: Path, *, width: int, layers: int, rows: int, stored: str) -> None:
+    """A checkpoint of zeros that takes no room on the disk, in two shards."""
+    heads, mlp = width // 64, width * 5 // 2
+    config = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu', 'd_model': width, 'num_heads': heads}
+    shapes = {
+        'shared.weight': [rows, width],
+        'encoder.final_layer_norm.weight': [width],
+        'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': [32, heads],
+    }
+    for layer in range(layers):
+        block = f'encoder.block.{layer}.layer'
+        shapes |= {f'{block}.0.SelfAttention.{x}.weight': [width, width] for x in 'qkvo'}
+        shapes |= {f'{block}.1.DenseReluDense.wi_{i}.weight': [mlp, width] for i in (0, 1)}
+        shapes |= {f'{block}.1.DenseReluDense.wo.weight': [width, mlp]}
+        shapes |= {f'{block}.{i}.layer_norm.weight': [width] for i in (0, 1)}
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps(config))
+    places = {name: f'model-{i % 2 + 1:05d}-of-00002.safetensors' for i, name in enumerate(shapes)}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': places}))
+    for file in set(places.values()):
+        header, offset = {}, 0
+        for name in (name for name in shapes if places[name] == file):
+            end = offset + math.prod(shapes[name]) * NAMES[stored]
+            header[name] = {'dtype': stored, 'shape': shapes[name], 'data_offsets': [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        with (folder / file).open('wb') as out:
+            out.write(len(text).to_bytes(8, 'little') + text)
+            out.truncate(8 + len(text) + offset)
+
+
+def measure(folder: Path, dtype: str, devices: int) -> dict:
+    environment = {
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'PATH': '/usr/bin:/bin',
+        'HOME': str(folder),
+    }
+    command = [sys.executable, '-c', MEASURE, str(folder), dtype, str(devices)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(found: dict, devices: int, most: float) -> None:
+    assert found['peak'] <= most, found
+    assert found['peak'] >= 0.9 * found['encoder'], f'the measurement saw nothing: {found}'
+    assert len(found['held']) == devices
+    assert max(found['held']) <= 1.02 * found['encoder'] / devices, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize(('stored', 'dtype'), [('F32', 'bfloat16'), ('BF16', 'float32')])
+def test_a_billion_parameters(stored, dtype, devices, tmp_path):
+    write_sparse(tmp_path / 'small', width=256, layers=1, rows=128, stored=stored)
+    write_sparse(tmp_path / 'large', width=2048, layers=20, rows=32128, stored=stored)
+    found = measure(tmp_path, dtype, devices)
+    assert found['parameters'] > 1e9
+    print(f'{stored} to {dtype}, {devices} devices: peak {found["peak"] / found["encoder"]:.2f} of the encoder')
+    check(found, devices, 1.3 * found['encoder'])
+
+
+def test_two_hundred_megabytes(tmp_path):
+    write_sparse(tmp_path / 'small', width=256, layers=1, rows=128, stored='F32')
+    write_sparse(tmp_path / 'large', width=1024, layers=8, rows=8192, stored='F32')
+    found = measure(tmp_path, 'bfloat16', 1)
+    check(found, 1, 1.3 * found['encoder'] + 2**25)  # the blocks being read weigh more here
