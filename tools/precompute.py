@@ -3,16 +3,21 @@
     python tools/precompute.py --config=configs/emoji/tokenizer.py --config.data.path=DATA \
         --tokenizer=runs/emoji/tokenizer/export --text_encoder=FOLDER --out=runs/emoji/tokens --num=300000
 
+With --low_tokenizer=runs/emoji/tokenizer/export the records are for the super-res: --config and --tokenizer are then
+those of the high-res tokenizer, and the low-res one reads the same pictures at 1/--low_ratio of their size.
+
 The source is `data` of the config. `--split=heldout_pairs --num=0` takes each picture of a held-out split once. Running
-the same command again goes on at the first missing shard.
+the same command again goes on at the first missing shard. `--distributed` on several hosts with one shared --out
+spreads the shards over them. What could not be used is named in OUT/<split>.rejects.jsonl.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
 import sys
 from pathlib import Path
+from typing import cast
 
 import jax
 from absl import app, flags, logging
@@ -21,22 +26,31 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from muse.config import MeshConfig, read_run
+from muse.config import Dtype, MeshConfig, read_run
+from muse.data.precomputed import Split
+from muse.data.sources import open_source
+from muse.data.splits import TRAIN
 from muse.errors import UserError, main_guard
-from muse.mesh import check_batch, make_mesh
+from muse.mesh import make_mesh
 from muse.release.format import shipped
 from muse.train.command_line import parse_flags, use_compilation_cache
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A tokenizer config: its `data` is the source.')
 _TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Folder of the trained tokenizer (its workdir/export).')
 _TEXT = flags.DEFINE_string(
-    'text_encoder', '', 'Folder of the text encoder and its vocabulary; empty: the shipped one.'
+    'text_encoder', '', 'Folder (or hub name) of a T5, ours, Hugging Face or T5X; empty: the shipped one.'
 )
+_TEXT_DTYPE = flags.DEFINE_enum(
+    'text_dtype', None, ['float32', 'bfloat16'], 'Of the text encoder; bfloat16 for an XXL. Default: as it is stored.'
+)
+_LOW = flags.DEFINE_string('low_tokenizer', '', "Folder of the base's tokenizer, for records of the super-res.")
+_LOW_RATIO = flags.DEFINE_integer('low_ratio', 2, 'How much smaller the pictures are for --low_tokenizer.')
 _OUT = flags.DEFINE_string('out', None, 'Folder for the records.')
 _SPLIT = flags.DEFINE_string('split', '', 'Split of the source; empty: the one the config names.')
 _NUM = flags.DEFINE_integer('num', None, 'Examples to draw; 0: each record of the split once.')
-_SHARDS = flags.DEFINE_integer('shards', 8, 'Files to write.')
+_SHARDS = flags.DEFINE_integer('shards', 8, 'Files to write; hosts share them out.')
 _BATCH = flags.DEFINE_integer('batch_size', 256, 'Pictures at a time.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other hosts of this job (jax.distributed).')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the order and of the scenes.')
 
 
@@ -46,19 +60,22 @@ def main(_: list[str]) -> None:
         if _CONFIG.value is None or not _TOKENIZER.value or not _OUT.value or _NUM.value is None:
             raise UserError('tools/precompute.py needs --config=FILE, --tokenizer=FOLDER, --out=FOLDER and --num=N')
         logging.set_verbosity(logging.WARNING)
+        if _DISTRIBUTED.value:
+            jax.distributed.initialize()
         use_compilation_cache()
         from muse.train.precompute import load_nets, precompute
 
         data = read_run(_CONFIG.value.to_dict()).data
-        data = dataclasses.replace(data, split=_SPLIT.value or data.split)
-        mesh = make_mesh(MeshConfig())
-        check_batch(mesh, _BATCH.value)
-        nets = load_nets(_TOKENIZER.value, _TEXT.value or str(shipped()), data.text_length, mesh)
+        data = dataclasses.replace(data, split=_SPLIT.value or data.split or TRAIN)
+        open_source(data)  # what is wrong with it is said before the nets are loaded
+        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        text, dtype = _TEXT.value or str(shipped()), cast(Dtype | None, _TEXT_DTYPE.value)
+        nets = load_nets(_TOKENIZER.value, text, data.text_length, mesh, _LOW.value, _LOW_RATIO.value, dtype)
         with (
-            tqdm(total=_NUM.value or None, unit=' examples', mininterval=2.0, file=sys.stderr) as bar,
+            tqdm(unit=' examples', mininterval=2.0, delay=1.0, smoothing=0.05, file=sys.stderr) as bar,
             jax.set_mesh(mesh),
         ):
-            total = precompute(
+            found = precompute(
                 data,
                 nets,
                 Path(_OUT.value),
@@ -66,13 +83,29 @@ def main(_: list[str]) -> None:
                 shards=_SHARDS.value,
                 batch_size=_BATCH.value,
                 seed=_SEED.value,
-                progress=lambda examples: _show(bar, examples),
+                progress=functools.partial(_show, bar),
             )
-        print(f"{total} examples of split '{data.split}' are in {os.path.abspath(_OUT.value)}")
+        if jax.process_index() == 0:
+            _report(Path(_OUT.value), data.split, found)
 
 
-def _show(bar: tqdm, examples: int) -> None:
-    bar.update(examples)
+def _show(bar: tqdm, done: int, total: int) -> None:
+    if bar.total is None:  # the first call: what earlier runs did says nothing about the speed
+        bar.initial = bar.n = done
+        bar.total = total
+    else:
+        bar.update(done - bar.n)
+
+
+def _report(folder: Path, split: str, found: Split) -> None:
+    print(f"{found.records} examples of split '{split}' are in {folder.absolute()}")
+    if found.rejected or found.skipped:
+        file = folder / f'{split}.rejects.jsonl'
+        print(f'{found.rejected} could not be used, and {found.skipped} of the source were left out before: see {file}')
+    if found.without_text:
+        print(f'{found.without_text} have no text')
+    if found.full_text:
+        print(f'{found.full_text} have as much text as fits or more: is --config.data.text_length long enough?')
 
 
 def _parse(argv: list[str]) -> list[str]:

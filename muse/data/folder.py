@@ -7,6 +7,7 @@ meets one. What was found is kept beside the captions file and used again while 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
@@ -21,8 +22,14 @@ _CAPTION_FILES = ('captions.jsonl', 'captions.csv')
 _CHECK_SIZE = 64  # small: a JPEG is then decoded at a small scale, yet read to its end
 
 
-def index_folder(folder: Path) -> list[tuple[Path, str]]:
-    """All usable (picture, caption) pairs, in the order of the captions file.
+Rows = list[tuple[Path, str]]
+Skipped = list[tuple[str, str]]
+
+
+def index_folder(folder: Path) -> tuple[Rows, Skipped]:
+    """All usable (picture, caption) pairs in the order of the captions file, and (name, reason) of the others.
+
+    A run opens its source more than once: while the captions file stays as it is, the pictures are looked at once.
 
     Raises:
         UserError: no such folder, no or two captions files, a wrong csv header, or nothing usable.
@@ -33,23 +40,30 @@ def index_folder(folder: Path) -> list[tuple[Path, str]]:
     if len(found) != 1:
         what = 'neither captions.jsonl nor captions.csv' if not found else 'both captions.jsonl and captions.csv'
         raise UserError(f"'{folder}' holds {what}: keep exactly one of them there")
-    rows, skipped = [], []
-    for number, row in _read_rows(found[0]):
+    stat = found[0].stat()
+    return _index(found[0], (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _index(captions_file: Path, stamp: tuple[int, int]) -> tuple[Rows, Skipped]:
+    del stamp  # a part of the cache's key
+    folder, rows, skipped = captions_file.parent, [], []
+    for number, row in _read_rows(captions_file):
         file, caption = row if row else ('', '')
         reason = _row_problem(folder, file) if row else 'it has no text "file" and "caption"'
         if reason:
-            skipped.append(f'line {number}: {reason}')
+            skipped.append((f'line {number}', reason))
         else:
             rows.append((folder / file, caption))
-    problems = _check_pictures(found[0], sorted({path for path, _ in rows}))
-    skipped += [f'{path.relative_to(folder)}: {reason}' for path, reason in problems.items() if reason]
+    problems = _check_pictures(captions_file, sorted({path for path, _ in rows}))
+    skipped += [(str(path.relative_to(folder)), reason) for path, reason in problems.items() if reason]
     usable = [(path, caption) for path, caption in rows if not problems[path]]
     if skipped:
-        shown = '; '.join(skipped[:5]) + ('; …' if len(skipped) > 5 else '')
-        warn(f'{found[0]}: {len(skipped)} rows or pictures are unreadable and were skipped: {shown}')
+        shown = '; '.join(f'{name}: {why}' for name, why in skipped[:5]) + ('; …' if len(skipped) > 5 else '')
+        warn(f'{captions_file}: {len(skipped)} rows or pictures are unreadable and were skipped: {shown}')
     if not usable:
-        raise UserError(f"{found[0]} names no readable picture: each row needs a 'file' in that folder and a 'caption'")
-    return usable
+        raise UserError(f"{captions_file} names no readable picture: each row needs a 'file' there and a 'caption'")
+    return usable, skipped
 
 
 def _read_rows(file: Path) -> Iterator[tuple[int, tuple[str, str] | None]]:

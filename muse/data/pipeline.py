@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -16,12 +16,15 @@ import numpy as np
 from absl import flags
 
 from muse.config import DataConfig
-from muse.data.sources import Source, open_source
-from muse.errors import UserError
+from muse.data.examples import BadExample, Source
+from muse.data.sources import open_source
+from muse.errors import UserError, warn
 
 EncodeText = Callable[[str], tuple[np.ndarray, int]]
 
 _MAX_THREADS = 8
+_MOST_BAD = 1000  # unusable records in a row that are passed over
+_NAMED = 5  # of them that a reader names
 
 
 def make_loader(
@@ -52,7 +55,9 @@ def make_loader(
     Returns:
         An iterator of {'img': uint8 [b,H,W,3], 'caption': object [b] of str, 'index': int64 [b], and with
         `encode_text` 'ids': int32 [b,S], 'len': int32 [b]}; for kind 'precomputed' of {'tok': int32 [b,T],
-        'txt': bfloat16 [b,S,D], 'len': int32 [b], 'index': int64 [b]}. 'index' counts examples over the whole run.
+        'txt': bfloat16 [b,S,D], 'len': int32 [b], 'index': int64 [b]}, and 'low' int32 [b,T2] where stored. 'index'
+        counts examples over the whole run. A record that cannot be used is named in a warning and the next one that
+        can takes its place, the same in every run.
 
     Raises:
         UserError: the source does not exist or a setting does not fit it; see `open_source`.
@@ -66,8 +71,39 @@ def make_loader(
             f'batch_size {batch_size} must be at least 1, start_step {start_step} and workers {data.workers} not '
             f'negative, and shard {shard_index} one of {shard_count}'
         )
-    batches = _host_batches(open_source(data), batch_size, seed, start_step, (shard_index, shard_count), repeat)
+    source = open_source(data)
+    examples = _examples(source, _Substitute(source, seed % 2**32), seed, repeat)
+    share = examples[start_step * batch_size * shard_count + shard_index :: shard_count]
+    # Batched before it is read: worker processes then take turns batch by batch, and their number does not matter.
+    batches = share.batch(batch_size, batch_fn=_collate)
     return _Loader(_read(batches, data.workers), None if data.kind == 'precomputed' else encode_text)
+
+
+def read_spans(
+    data: DataConfig, spans: Sequence[tuple[int, int]], *, seed: int, encode_text: EncodeText, repeat: bool
+) -> Iterator[dict[str, Any]]:
+    """One batch for each span (start, stop) of examples, which are those that `make_loader` numbers so by 'index'.
+
+    Nothing is put in the place of a record that cannot be used: its row is missing, and 'bad' names it.
+
+    Args:
+        data: the source, not 'precomputed'.
+        spans: any parts of the run in any order; with `repeat` False none may go past the source's end.
+        seed, encode_text, repeat: as for `make_loader`.
+
+    Returns:
+        An iterator of batches as `make_loader` gives, perhaps with fewer rows than the span or none at all, each with
+        'bad': object [n] of (name, reason).
+
+    Raises:
+        UserError: as `make_loader`.
+    """
+    if not spans:
+        return iter(())
+    source = open_source(data)
+    examples = _examples(source, _Mark(source, seed % 2**32), seed, repeat)
+    batches = grain.MapDataset.source(list(spans)).map(_ReadSpan(examples))
+    return _Loader(_read(batches, data.workers), encode_text)
 
 
 class _Loader:
@@ -85,35 +121,78 @@ class _Loader:
     def __next__(self) -> dict[str, Any]:
         # Copied out of the workers' shared memory, which would outlive them in the caller's hands.
         batch = {key: np.array(value) for key, value in next(self._batches[0]).items()}
-        if self._encode_text is not None:
+        if self._encode_text is not None and 'caption' in batch:
             encoded = [self._encode_text(caption) for caption in batch['caption']]
             batch['ids'] = np.stack([ids for ids, _ in encoded]).astype(np.int32)
             batch['len'] = np.array([length for _, length in encoded], np.int32)
         return batch
 
 
-def _host_batches(
-    source: Source, batch_size: int, seed: int, start_step: int, shard: tuple[int, int], repeat: bool
+def _examples(
+    source: Source, make: Callable[[int, int], dict[str, Any]], seed: int, repeat: bool
 ) -> grain.MapDataset[dict[str, Any]]:
-    shard_index, shard_count = shard
     records = grain.MapDataset.range(len(source))
     if repeat:
         records = records.seed(seed % 2**32).shuffle().repeat()  # shuffled anew in each epoch
-    examples = records.map_with_index(_MakeExample(source, seed % 2**32))
-    share = examples[start_step * batch_size * shard_count + shard_index :: shard_count]
-    # Batched before it is read: worker processes then take turns batch by batch, and their number does not matter.
-    return share.batch(batch_size, batch_fn=_collate)
+    return records.map_with_index(make)
 
 
-class _MakeExample:
-    """(index over the run, record) -> example; a class, for workers receive it pickled."""
+def _make(source: Source, seed: int, index: int, record: int) -> dict[str, Any]:
+    return {**source.example(record, np.random.default_rng((seed, index))), 'index': np.int64(index)}
+
+
+class _Substitute:
+    """(index over the run, record) -> example; in the place of a record that cannot be used comes the next that can.
+
+    A class, for workers receive it pickled.
+    """
+
+    def __init__(self, source: Source, seed: int):
+        self._source, self._seed, self._named = source, seed, 0
+
+    def __call__(self, index: int, record: int) -> dict[str, Any]:
+        reason = ''
+        for step in range(_MOST_BAD):
+            try:
+                return _make(self._source, self._seed, index, (int(record) + step) % len(self._source))
+            except BadExample as error:
+                reason = str(error)
+                self._name(reason)
+        raise UserError(f'{_MOST_BAD} records in a row cannot be used, the last: {reason}')
+
+    def _name(self, reason: str) -> None:
+        self._named += 1
+        if self._named <= _NAMED:
+            rest = ' (no more are named)' if self._named == _NAMED else ''
+            warn(f'{reason}; the next record takes its place{rest}')
+
+
+class _Mark:
+    """(index over the run, record) -> example, or {'bad': (name, reason)} for a record that cannot be used."""
 
     def __init__(self, source: Source, seed: int):
         self._source, self._seed = source, seed
 
     def __call__(self, index: int, record: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self._seed, index))
-        return {**self._source.example(int(record), rng), 'index': np.int64(index)}
+        try:
+            return _make(self._source, self._seed, index, int(record))
+        except BadExample as error:
+            return {'bad': (error.name, error.reason)}
+
+
+class _ReadSpan:
+    """(start, stop) -> a batch of the good examples, and what was wrong with the others."""
+
+    def __init__(self, examples: grain.MapDataset[dict[str, Any]]):
+        self._examples = examples
+
+    def __call__(self, span: tuple[int, int]) -> dict[str, np.ndarray]:
+        found: list[Any] = [self._examples[i] for i in range(*span)]
+        good = [example for example in found if 'bad' not in example]
+        bad = np.empty(len(found) - len(good), object)  # filled one by one: numpy would take pairs for a matrix
+        for i, example in enumerate(example for example in found if 'bad' in example):
+            bad[i] = example['bad']
+        return {**(_collate(good) if good else {'index': np.zeros(0, np.int64)}), 'bad': bad}
 
 
 def _collate(examples: Any) -> dict[str, np.ndarray]:

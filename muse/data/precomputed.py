@@ -1,17 +1,17 @@
 """Pre-tokenised training examples: picture tokens and text states, in sharded ArrayRecord files.
 
 The tokenizer and the text encoder are frozen while the base model trains (§2.1, §2.2), so both can run once. A record
-is a safetensors file in bytes: `tok` [T], `txt` [len, D] bfloat16 (its real length, without pads) and the caption.
-meta.json says which tokenizer and text encoder made them.
+is a safetensors file in bytes: `tok` [T], `txt` [len, D] bfloat16 (its real length, without pads) and the caption; for
+the super-res (§2.4) also `low` [T2], the base's tokens of the same picture at the base's size.
+meta.json says which tokenizer and text encoder made them, <split>.split.json what a split holds. `muse.data.shards`
+writes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import safetensors.numpy
 from muse.errors import UserError
 
 _DTYPES = {'U16': np.dtype(np.uint16), 'I32': np.dtype(np.int32), 'BF16': np.dtype(ml_dtypes.bfloat16)}
-_SHARD = re.compile(r'(.+)-(\d{5})-of-(\d{5})\.array_record')
+SPLIT_ENDING = '.split.json'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +33,47 @@ class Meta:
     text_encoder_hash: str
     grid: tuple[int, int]
     text_width: int
-    counts: dict[str, int] = field(default_factory=dict)  # split -> records
+    low_tokenizer_hash: str | None = None  # None: the records hold no low-res tokens
+    low_grid: tuple[int, int] | None = None
 
 
-def encode_record(tok_T: np.ndarray, txt_SD: np.ndarray, caption: str) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What a split was made of and, once all its shards are there, what they hold."""
+
+    plan: dict[str, Any]  # settings that decide every record; a run goes on only where they are the same
+    shards: int
+    sizes: list[int] | None = None  # bytes of each shard; None: the split is not finished
+    records: int = 0
+    rejected: int = 0  # examples that gave no record; named in <split>.rejects.jsonl
+    skipped: int = 0  # of the source, found unusable when it was opened; named there too
+    without_text: int = 0
+    full_text: int = 0  # as long as a text may be: longer ones were cut there
+
+
+def shard_file(folder: Path, split: str, number: int, shards: int) -> Path:
+    """The name of one shard."""
+    return folder / f'{split}-{number:05d}-of-{shards:05d}.array_record'
+
+
+def encode_record(tok_T: np.ndarray, txt_SD: np.ndarray, caption: str, low_T: np.ndarray | None = None) -> bytes:
     """One record.
 
     Args:
         tok_T: integer [T], 0 <= id < 2^31; stored as uint16 where that holds them.
         txt_SD: [len, D], the text states without pads (len 0 is no text); stored as bfloat16.
         caption: kept for reading; training does not use it.
+        low_T: ids of the low-res tokens, as `tok_T`; None: the record is for the base.
     """
-    small = tok_T.size == 0 or int(tok_T.max()) < 2**16
-    tensors = {
-        'tok': np.ascontiguousarray(tok_T, np.uint16 if small else np.int32),
-        'txt': np.ascontiguousarray(txt_SD, ml_dtypes.bfloat16),
-    }
+    tensors = {'tok': _small(tok_T), 'txt': np.ascontiguousarray(txt_SD, ml_dtypes.bfloat16)}
+    if low_T is not None:
+        tensors['low'] = _small(low_T)
     return safetensors.numpy.save(tensors, {'caption': caption})
+
+
+def _small(tok_T: np.ndarray) -> np.ndarray:
+    fits = tok_T.size == 0 or int(tok_T.max()) < 2**16
+    return np.ascontiguousarray(tok_T, np.uint16 if fits else np.int32)
 
 
 def decode_record(record: bytes, text_length: int) -> dict[str, Any]:
@@ -60,13 +84,15 @@ def decode_record(record: bytes, text_length: int) -> dict[str, Any]:
         text_length: S, the length to pad or cut the text to.
 
     Returns:
-        'tok' int32 [T], 'txt' bfloat16 [S, D] with zeros from 'len' on, 'len' int32 scalar.
+        'tok' int32 [T], 'txt' bfloat16 [S, D] with zeros from 'len' on, 'len' int32 scalar; 'low' int32 [T2]
+        where it is stored.
     """
     tensors, _ = _parse(record)
     stored_SD = tensors['txt'][:text_length]
     txt_SD = np.zeros((text_length, stored_SD.shape[1]), ml_dtypes.bfloat16)
     txt_SD[: len(stored_SD)] = stored_SD
-    return {'tok': tensors['tok'].astype(np.int32), 'txt': txt_SD, 'len': np.int32(len(stored_SD))}
+    tokens = {name: tensors[name].astype(np.int32) for name in ('tok', 'low') if name in tensors}
+    return {**tokens, 'txt': txt_SD, 'len': np.int32(len(stored_SD))}
 
 
 def record_caption(record: bytes) -> str:
@@ -87,67 +113,6 @@ def _parse(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return tensors, metadata
 
 
-class Writer:
-    """Writes the records of one split; used with `with`. Files appear under their names only when all are whole."""
-
-    def __init__(self, folder: Path, split: str, meta: Meta, *, shards: int = 8, shard: int | None = None):
-        """Args:
-            folder: made if missing; may hold other splits made with the same models.
-            split: name of the split, the beginning of the file names.
-            meta: what makes the records; `counts` is kept up by the writer.
-            shards: number of files.
-            shard: write this one of them alone; its records are added to the count of the split.
-
-        Raises:
-            UserError: the folder cannot be written, holds this split already, or was made with other models.
-        """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'cannot write to {folder} ({error.strerror}): choose another folder') from None
-        if shard is None and any(folder.glob(f'{split}-*-of-*.array_record')):
-            raise UserError(f"{folder} already holds the split '{split}': delete its files or choose another folder")
-        known = read_meta(folder) if (folder / 'meta.json').exists() else meta
-        if dataclasses.replace(known, counts={}) != dataclasses.replace(meta, counts={}):
-            raise UserError(f'{folder} was made with another tokenizer or text encoder: choose another folder')
-        self._folder, self._split, self._meta = folder, split, meta
-        files = [folder / f'{split}-{i:05d}-of-{shards:05d}.array_record' for i in range(shards)]
-        self._files = files if shard is None else [files[shard]]
-        self._adds = shard is not None
-        self._written = 0
-        self._writers: list[Any] = []
-
-    def __enter__(self) -> Writer:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        # group_size 1: records are read one by one in random order.
-        self._writers = [ArrayRecordWriter(f'{file}.partial', 'group_size:1') for file in self._files]
-        return self
-
-    def write(self, record: bytes) -> None:
-        """Adds one record from `encode_record`; shards take turns."""
-        self._writers[self._written % len(self._writers)].write(record)
-        self._written += 1
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        for writer in self._writers:
-            writer.close()
-        for file in self._files:
-            partial = Path(f'{file}.partial')
-            if kind is None:
-                partial.replace(file)
-            else:
-                partial.unlink(missing_ok=True)
-        if kind is None:
-            # Read again here: another split may have been finished meanwhile.
-            known = read_meta(self._folder).counts if (self._folder / 'meta.json').exists() else {}
-            count = self._written + (known.get(self._split, 0) if self._adds else 0)
-            meta = dataclasses.replace(self._meta, counts=known | {self._split: count})
-            partial = self._folder / 'meta.json.partial'
-            partial.write_text(json.dumps(dataclasses.asdict(meta), indent=1) + '\n', encoding='utf-8')
-            partial.replace(self._folder / 'meta.json')
-
-
 def read_meta(folder: Path) -> Meta:
     """The meta.json of a folder.
 
@@ -156,29 +121,42 @@ def read_meta(folder: Path) -> Meta:
     """
     try:
         values = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        return Meta(**values | {'grid': tuple(values['grid'])})
+        low_grid = values.get('low_grid')
+        return Meta(**values | {'grid': tuple(values['grid']), 'low_grid': tuple(low_grid) if low_grid else None})
     except OSError:
         raise UserError(f'{folder} holds no meta.json: make it with tools/precompute.py') from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'{folder / "meta.json"} is damaged ({error}): make the folder again') from None
 
 
+def read_splits(folder: Path) -> dict[str, Split]:
+    """The splits of a folder by name, finished or not. Raises UserError when a description of one is damaged."""
+    splits = {}
+    for file in sorted(folder.glob(f'*{SPLIT_ENDING}')):
+        try:
+            splits[file.name.removesuffix(SPLIT_ENDING)] = Split(**json.loads(file.read_text(encoding='utf-8')))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f'{file} is damaged ({error}): make the split again') from None
+    return splits
+
+
 def record_files(folder: Path, split: str) -> list[str]:
-    """The shards of a split in order, all of them present.
+    """The shards of a finished split in order, all of them whole.
 
     Raises:
-        UserError: no such split, or a shard is missing.
+        UserError: no such split, it is not finished, or a shard is missing or truncated.
     """
-    meta = read_meta(folder)
-    found = {}
-    for file in folder.glob('*.array_record'):
-        match = _SHARD.fullmatch(file.name)
-        if match and match[1] == split:
-            found[int(match[2])] = (str(file), int(match[3]))
-    if not found:
-        raise UserError(f"{folder} has no split '{split}', only {', '.join(meta.counts) or 'none'}: set data.split")
-    expected = next(iter(found.values()))[1]
-    missing = sorted(set(range(expected)) - set(found))
-    if missing:
-        raise UserError(f"{folder}: shard {missing[0]} of {expected} of '{split}' is missing: copy the folder again")
-    return [found[i][0] for i in range(expected)]
+    read_meta(folder)
+    splits = read_splits(folder)
+    if split not in splits:
+        raise UserError(f"{folder} has no split '{split}', only {', '.join(splits) or 'none'}: set data.split")
+    sizes = splits[split].sizes
+    if sizes is None:
+        raise UserError(f"{folder}: the split '{split}' is not finished: run its tools/precompute.py command again")
+    files = [shard_file(folder, split, i, len(sizes)) for i in range(len(sizes))]
+    for i, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        if not file.exists():
+            raise UserError(f"{folder}: shard {i} of {len(sizes)} of '{split}' is missing: copy the folder again")
+        if file.stat().st_size != size:  # ArrayRecord reads a truncated file as an empty one
+            raise UserError(f'{file} has {file.stat().st_size} bytes instead of {size}: copy it again')
+    return [str(file) for file in files]

@@ -1,33 +1,22 @@
-"""Where training examples come from: four kinds behind one small interface.
-
-A source is a list of records; `example(record, rng)` makes a training example of one. All chance comes from `rng`, so
-an example is the same on whichever host or worker it is made.
-"""
+"""Where training examples come from: each `DataConfig.kind` behind one small interface, `muse.data.examples.Source`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from muse.config import DataConfig
-from muse.data import pictures, precomputed, scenes
+from muse.data import precomputed, scenes
+from muse.data.examples import Source, make_example
 from muse.data.folder import index_folder
 from muse.data.splits import TRAIN
 from muse.data.sprites import Sprites, load_sprites
 from muse.errors import UserError, nearest
 
-
-class Source(Protocol):
-    """Records that examples are made of."""
-
-    def __len__(self) -> int: ...
-
-    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
-        """{'img': uint8 [H, W, 3], 'caption': str}, or {'tok', 'txt', 'len'} from pre-tokenised records."""
-        ...
+_UNSPLIT = ('folder', 'webdataset', 'parquet')
 
 
 def open_source(data: DataConfig) -> Source:
@@ -38,6 +27,10 @@ def open_source(data: DataConfig) -> Source:
     """
     if data.image_size < 1 or data.max_objects not in (1, 2, 3) or data.text_length < 1:
         raise UserError('data.image_size and data.text_length must be at least 1 and data.max_objects 1, 2 or 3')
+    if data.min_side < 0:
+        raise UserError(f'data.min_side is {data.min_side}: it must be 0 (no limit) or more')
+    if data.kind in _UNSPLIT and data.split not in ('', TRAIN):
+        raise UserError(f"data.split is '{data.split}', but kind '{data.kind}' has no splits: give each its own folder")
     if data.kind != 'scenes' and not data.path:
         raise UserError(f"data.path is empty: kind '{data.kind}' needs a folder")
     match data.kind:
@@ -49,9 +42,15 @@ def open_source(data: DataConfig) -> Source:
         case 'tfds':
             source = _Tfds(data)
         case 'folder':
-            if data.split not in ('', TRAIN):
-                raise UserError(f"data.split is '{data.split}', but a folder has no splits: give each its own folder")
             source = _Folder(data)
+        case 'webdataset':
+            from muse.data.webdataset import WebDataset
+
+            source = WebDataset(data)
+        case 'parquet':
+            from muse.data.parquet import Parquet
+
+            source = Parquet(data)
         case 'precomputed':
             source = _Precomputed(data)
     if len(source) == 0:
@@ -59,7 +58,7 @@ def open_source(data: DataConfig) -> Source:
     return source
 
 
-class _Scenes:
+class _Scenes(Source):
     """Random scenes; record i appears in the scene of record i."""
 
     def __init__(self, sprites: Sprites, data: DataConfig):
@@ -73,7 +72,7 @@ class _Scenes:
         return {'img': img, 'caption': caption}
 
 
-class _Plain:
+class _Plain(Source):
     """Each sprite in the evaluation form."""
 
     def __init__(self, sprites: Sprites, data: DataConfig):
@@ -88,21 +87,24 @@ class _Plain:
         return {'img': img, 'caption': caption}
 
 
-class _Folder:
+class _Folder(Source):
     """Pictures with a captions file."""
 
     def __init__(self, data: DataConfig):
-        self._rows, self._data = index_folder(Path(data.path)), data
+        (self._rows, self._skipped), self._data = index_folder(Path(data.path)), data
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         path, caption = self._rows[record]
-        return {'img': _flipped(_picture(path, str(path), self._data), rng, self._data), 'caption': caption}
+        return make_example(path, caption, str(path), self._data, rng)
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        return iter(self._skipped)
 
 
-class _Tfds:
+class _Tfds(Source):
     """Any TFDS dataset with a picture and a caption."""
 
     def __init__(self, data: DataConfig):
@@ -137,12 +139,12 @@ class _Tfds:
 
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         row = self._records[record]
-        img = _picture(row[self._data.image_key], f'record {record} of {self._data.name}', self._data)
         caption = _caption(row, self._data.caption_key, rng)
-        return {'img': _flipped(img, rng, self._data), 'caption': caption}
+        name = f'record {record} of {self._data.name}'
+        return make_example(row[self._data.image_key], caption, name, self._data, rng)
 
 
-class _Precomputed:
+class _Precomputed(Source):
     """Records of tools/precompute.py."""
 
     def __init__(self, data: DataConfig):
@@ -158,21 +160,6 @@ class _Precomputed:
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         del rng
         return precomputed.decode_record(self._records[record], self._text_length)
-
-
-def _picture(source: Any, name: str, data: DataConfig) -> np.ndarray:
-    try:
-        if isinstance(source, np.ndarray):
-            array = source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source
-            return pictures.fit(Image.fromarray(array), data.image_size)
-        return pictures.read_picture(source, data.image_size)
-    except pictures.BadPicture as error:
-        raise UserError(f'{name} is not readable ({error}): remove it and start again') from None
-
-
-def _flipped(img_HWC: np.ndarray, rng: np.random.Generator, data: DataConfig) -> np.ndarray:
-    flip = data.random_flip and rng.random() < 0.5
-    return np.ascontiguousarray(img_HWC[:, ::-1]) if flip else img_HWC
 
 
 def _caption(row: Any, key: str, rng: np.random.Generator) -> str:

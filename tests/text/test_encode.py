@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from muse.config import T5Config
+from muse.errors import UserError
 from muse.models.t5 import T5Encoder
 from muse.text import encode
-from muse.text.encode import encode_prompts
+from muse.text.encode import PromptCache, encode_prompts
 
 
 @pytest.fixture(scope='module')
@@ -55,3 +56,50 @@ def test_each_text_is_encoded_once(encoder, tokenizer, monkeypatch):
     monkeypatch.setattr(encode, '_states', counted)
     encode_prompts(encoder, tokenizer, ['a cat', 'a dog', 'a cat', 'a cat'], 8)
     assert calls == [(1, 8), (1, 8)]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The ids of every text that reaches the encoder."""
+    seen, states = [], encode._states
+
+    def counted(graphdef, params, ids_BS, len_B):
+        seen.extend(tuple(ids) for ids in ids_BS.tolist())
+        return states(graphdef, params, ids_BS, len_B)
+
+    monkeypatch.setattr(encode, '_states', counted)
+    return seen
+
+
+def test_a_cache_encodes_each_text_of_each_model_once(encoder, tokenizer, encoded):
+    cache, lines = PromptCache(), ['a cat', 'a dog', 'a cat', '', 'a dog', 'a cat'] * 5
+    first = cache.encode('one', encoder, tokenizer, lines, 8)
+    assert list(first) == ['a cat', 'a dog', ''] and len(encoded) == 3 and len(cache) == 3
+    again = cache.encode('one', encoder, tokenizer, ['a dog', 'a moon'], 8)
+    assert len(encoded) == 4 and again['a dog'][0] is first['a dog'][0]
+    straight, lengths = encode_prompts(encoder, tokenizer, ['a moon', 'a dog', ''], 8)
+    for row, text in enumerate(['a moon', 'a dog', '']):
+        txt_SD, length = (first | again)[text]
+        np.testing.assert_array_equal(txt_SD, straight[row])
+        assert length == lengths[row]
+    del encoded[:]
+    other = T5Encoder(encoder.config, rngs=nnx.Rngs(params=1))
+    assert np.abs(cache.encode('two', other, tokenizer, ['a cat'], 8)['a cat'][0] - first['a cat'][0]).max() > 0.1
+    assert cache.encode('one', encoder, tokenizer, ['a cat'], 12)['a cat'][0].shape == (12, 16)
+    assert len(encoded) == 2, 'another model and another length are other states'
+
+
+def test_a_full_cache_lets_the_longest_unused_go(encoder, tokenizer, encoded):
+    cache = PromptCache(max_bytes=2 * 8 * 16 * 4)  # two texts
+    cache.encode('m', encoder, tokenizer, ['a cat', 'a dog'], 8)
+    cache.encode('m', encoder, tokenizer, ['a cat'], 8)
+    cache.encode('m', encoder, tokenizer, ['a moon'], 8)
+    assert len(cache) == 2 and len(encoded) == 3
+    cache.encode('m', encoder, tokenizer, ['a cat', 'a moon'], 8)
+    assert len(encoded) == 3, 'the dog went'
+    assert len(cache.encode('m', encoder, tokenizer, ['a cat', 'a dog', 'a moon', 'a tree'], 8)) == 4
+    assert len(cache) == 2 and len(encoded) == 5
+    nothing = PromptCache(max_bytes=0)
+    assert nothing.encode('m', encoder, tokenizer, ['a cat'], 8)['a cat'][1] > 0 and len(nothing) == 0
+    with pytest.raises(UserError, match='max_bytes is -1'):
+        PromptCache(max_bytes=-1)

@@ -66,7 +66,7 @@ def prepare(folder):
     with jax.set_mesh(mesh):
         for split, num in (('train', 3000), ('heldout_pairs', 0)):
             data = dataclasses.replace(SCENES, split=split)
-            settings = {'num': num, 'shards': 1, 'batch_size': 50, 'seed': 1, 'progress': lambda _: None}
+            settings = {'num': num, 'shards': 1, 'batch_size': 50, 'seed': 1, 'progress': lambda *_: None}
             precompute(data, nets, folder / 'tokens', **settings)
 
 
