@@ -23,6 +23,8 @@ from muse.data import captions, scenes
 from muse.data.art import Art, load_art
 from muse.data.sprites import Sprites, Words
 from muse.errors import UserError
+from tools import text_questions
+from tools.text_questions import CONCRETE, Questions
 
 GROUNDS = (
     'white black grey red orange yellow green blue purple pink brown teal turquoise beige cream lavender mint navy '
@@ -31,9 +33,8 @@ GROUNDS = (
 SHADES = ('', '', '', 'light ', 'dark ', 'pale ', 'bright ')
 COUNTS = ('two', 'three', 'four', 'five')
 SIDES = ('left of', 'right of', 'above', 'below', 'to the left of', 'to the right of', 'next to', 'on top of', 'under')
-CONCRETE = {'05', '06', '08', '13', '17', '18', '20'}  # files of animals, things, bodies, food, people, plants
 # Captions are what prompts look like: their words should be whole pieces.
-VOCABULARY_WEIGHTS = {'gloss': 1, 'word': 1, 'label': 6, 'caption': 3}
+VOCABULARY_WEIGHTS = {'gloss': 1, 'sense': 0, 'word': 1, 'thing': 1, 'label': 6, 'caption': 3}
 OTHER_STYLES = ('openmoji', 'cartoon', 'flat', '3d', 'line drawing', 'realistic', 'simple', 'shiny')
 
 
@@ -41,11 +42,13 @@ OTHER_STYLES = ('openmoji', 'cartoon', 'flat', '3d', 'line drawing', 'realistic'
 class Synset:
     """One meaning: its words, its definition, and how often its words are met in tagged text."""
 
+    key: str  # part of speech and offset
     words: tuple[str, ...]
     definition: str
     file: str
     is_name: bool
     count: int
+    above: tuple[str, ...]  # keys of the more general meanings
 
 
 def read_wordnet(folder: Path) -> list[Synset]:
@@ -65,18 +68,20 @@ def read_wordnet(folder: Path) -> list[Synset]:
     for part, kinds in (('noun', '1'), ('verb', '2'), ('adj', '35'), ('adv', '4')):
         for line in (folder / f'data.{part}').read_text('latin-1').splitlines():
             if not line.startswith('  '):
-                synsets.append(_synset(line, kinds, counts))
+                synsets.append(_synset(line, part, kinds, counts))
     return synsets
 
 
-def _synset(line: str, kinds: str, counts: dict[str, int]) -> Synset:
+def _synset(line: str, part: str, kinds: str, counts: dict[str, int]) -> Synset:
     head, _, gloss = line.partition('|')
     fields = head.split()
-    lemmas = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+    behind = 4 + 2 * int(fields[3], 16)
+    lemmas, pointers = fields[4:behind:2], fields[behind + 1 :]
+    above = tuple(part + target for sign, target in zip(pointers[::4], pointers[1::4], strict=False) if sign == '@')
     count = sum(counts.get(f'{lemma.lower()} {kind} {fields[1]}', 0) for lemma in lemmas for kind in kinds)
     words = tuple(re.sub(r'\(\w+\)$', '', lemma).replace('_', ' ').lower() for lemma in lemmas)
     definition = re.split(r';\s*"', gloss.strip())[0].strip().rstrip(';').lower()
-    return Synset(words, definition, fields[1], '@i' in fields, count)
+    return Synset(part + fields[0], words, definition, fields[1], '@i' in fields, count, above)
 
 
 class Captioner:
@@ -122,8 +127,8 @@ def scene_captions(art: list[Art], count: int, seed: int) -> list[str]:
     return [scenes.plan(sprites, int(first), rng, image_size=256, max_objects=3).caption for first in firsts]
 
 
-def build(tarballs: Path, wordnet: Path, count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(kind, text) of the whole corpus, each text once.
+def build(tarballs: Path, wordnet: Path, count: int, seed: int = 0) -> tuple[list[tuple[str, str]], Questions]:
+    """(kind, text) of the whole corpus, each text once and none that answers a question; and the questions.
 
     Args:
         tarballs: folder or bundle of emoji art, see `muse.data.art.load_art`.
@@ -131,6 +136,7 @@ def build(tarballs: Path, wordnet: Path, count: int, seed: int = 0) -> list[tupl
         count: captions to make up.
     """
     art, synsets = load_art(tarballs), read_wordnet(wordnet)
+    questions = text_questions.build(synsets)
     tags: dict[str, set[str]] = defaultdict(set)
     for piece in art:
         tags[piece.label] |= set(piece.tags)
@@ -138,23 +144,31 @@ def build(tarballs: Path, wordnet: Path, count: int, seed: int = 0) -> list[tupl
     styles = sorted({piece.style for piece in art})
     things = [s.words[0] for s in synsets if s.file in CONCRETE and s.count and not s.is_name]
     captioner = Captioner(things + labels, styles + list(OTHER_STYLES), seed)
-    corpus = [('label', text) for label in labels for text in (label, *sorted(tags[label]))]
+    corpus = [('thing', text) for text in labels + things]
+    corpus += [('label', tag) for label in labels for tag in sorted(tags[label])]
     corpus += [('label', f'{label}, {", ".join(sorted(tags[label]))}') for label in labels if tags[label]]
     corpus += [('caption', text) for text in scene_captions(art, count * 2 // 3, seed)]
     corpus += [('caption', captioner.caption()) for _ in range(count // 3)]
+    return _distinct(corpus + wordnet_texts(synsets, questions), questions), questions
+
+
+def wordnet_texts(synsets: list[Synset], questions: Questions) -> list[tuple[str, str]]:
+    """Words and definitions; no definition of a meaning that is asked about."""
+    texts, asked = [], set(questions.synsets)
     for synset in synsets:
         known = synset.count or (synset.file in CONCRETE and not synset.is_name)
-        corpus += [('word', word) for word in synset.words if known]
-        if not synset.is_name:
-            corpus.append(('gloss', f'{synset.words[0]}: {synset.definition}'))
-    return _distinct(corpus)
+        texts += [('word', word) for word in synset.words if known]
+        if not synset.is_name and synset.key not in asked:
+            texts.append(('gloss', f'{synset.words[0]}: {synset.definition}'))
+            texts += [('sense', f'{word}: {synset.definition}') for word in synset.words[1:] if known]
+    return texts
 
 
-def _distinct(corpus: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _distinct(corpus: list[tuple[str, str]], questions: Questions) -> list[tuple[str, str]]:
     kinds: dict[str, str] = {}
     for kind, text in corpus:
         text = ' '.join(text.split())
-        if text and text.isascii():
+        if text and text.isascii() and not questions.forbids(text):
             kinds.setdefault(text, kind)
     return [(kind, text) for text, kind in kinds.items()]
 

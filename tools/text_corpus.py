@@ -7,7 +7,8 @@ from pathlib import Path
 
 from muse.errors import UserError
 
-KINDS = ('gloss', 'word', 'label', 'caption')
+# 'sense' is another word of a gloss's meaning, with the same definition.
+KINDS = ('gloss', 'sense', 'word', 'thing', 'label', 'caption')
 
 
 def write(corpus: list[tuple[str, str]], path: Path) -> None:

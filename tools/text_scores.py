@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from muse.data import captions
+from muse.data.art import FLUENT_3D_STYLE, PERMISSIVE_STYLES
 from muse.models.t5 import T5Encoder
 from muse.text.encode import encode_prompts
 from muse.text.tokenizer import Tokenizer
+from tools import text_binding
+from tools.text_questions import Questions
 from tools.text_teacher import Teacher
 
 
@@ -52,6 +56,9 @@ PAIRS: dict[str, tuple[list[str], str]] = {  # word → the one of the list that
 }
 COLOURS = 'red blue green yellow purple orange pink brown black white'.split()
 SWAPPED = 200
+JUDGED = tuple(word for word in ANIMALS + THINGS if captions.is_countable(word))  # never learned from in triples
+STYLES = (*PERMISSIVE_STYLES.values(), FLUENT_3D_STYLE)
+LENGTH = 48  # pieces a judged text is cut to
 
 States = Callable[[list[str]], list[np.ndarray]]  # texts → states [words or pieces, D] of each
 
@@ -83,6 +90,57 @@ def pooled(states: States, texts: list[str]) -> np.ndarray:
     """Unit mean of each text's states, `[B, D]`."""
     means = np.stack([x.mean(0) for x in states(texts)])
     return means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-9)
+
+
+def synonyms(states: States, questions: Questions) -> dict[str, float]:
+    """How often a word's synonym is the nearest, and among the nearest ten, of itself and 1000 other nouns."""
+    others_ND = pooled(states, questions.distractors)
+    words_BD, answers_BD = (pooled(states, [pair[i] for pair in questions.pairs]) for i in (0, 1))
+    right_B = (words_BD * answers_BD).sum(-1)
+    rank_B = (words_BD @ others_ND.T >= right_B[:, None]).sum(-1)  # a tie is no win
+    return {
+        'pairs': len(questions.pairs),
+        'distractors': len(questions.distractors),
+        'top1': float((rank_B < 1).mean()),
+        'top10': float((rank_B < 10).mean()),
+    }
+
+
+def paraphrases(states: States, questions: Questions) -> dict[str, float]:
+    """How often a paraphrase ('a young dog') is nearer to its word ('puppy') than to another one ('jackal')."""
+    text_BD, word_BD, other_BD = (pooled(states, [triple[i] for triple in questions.triples]) for i in range(3))
+    word_B, other_B = (text_BD * word_BD).sum(-1), (text_BD * other_BD).sum(-1)
+    small = pooled(states, ['a small dog', 'puppy', 'cat'])
+    return {
+        'triples': len(word_B),
+        'right': float((word_B > other_B).mean()),
+        'a_small_dog_puppy': float(small[0] @ small[1]),
+        'a_small_dog_cat': float(small[0] @ small[2]),
+    }
+
+
+def bindings(states: States, change: text_binding.Change, seed: int = 0) -> dict[str, float]:
+    """Over 200 scenes of two things: does a change of meaning move their nouns' states more than other words do?
+
+    'attributes' trade places between the things, or the 'things' trade places; see tools/text_binding.py.
+    """
+    rng = random.Random(seed)
+    triples = [
+        text_binding.triple(rng, list(JUDGED), list(STYLES), change=change, judging=True) for _ in range(SWAPPED)
+    ]
+    texts = [text for triple in triples for text in triple]
+    things = [
+        np.stack([x[list(words)].mean(0) for words in text.words])
+        for text, x in zip(texts, states([text.text for text in texts]), strict=True)
+    ]
+    rewordings = [_distance(x, y) for x, y in zip(things[::3], things[1::3], strict=True)]
+    changes = [_distance(x, z) for x, z in zip(things[::3], things[2::3], strict=True)]
+    return {
+        'scenes': SWAPPED,
+        'change_larger_than_rewording': float(np.mean([c > r for c, r in zip(changes, rewordings, strict=True)])),
+        'change_distance': float(np.mean(changes)),
+        'rewording_distance': float(np.mean(rewordings)),
+    }
 
 
 def word_order(states: States, seed: int = 0) -> dict[str, float]:
@@ -125,20 +183,40 @@ def _distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(1 - dot.mean())
 
 
-def scores(states: States) -> dict[str, object]:
+def scores(states: States, questions: Questions) -> dict[str, object]:
     """All counts of one encoder."""
-    return {'nearest': nearest_words(states), 'word_order': word_order(states)}
+    return {
+        'synonyms': synonyms(states, questions),
+        'paraphrases': paraphrases(states, questions),
+        'nearest': nearest_words(states),
+        'word_order': word_order(states),
+        'bindings': {change: bindings(states, change) for change in ('attributes', 'things')},
+    }
 
 
 def student_states(encoder: T5Encoder, tokenizer: Tokenizer) -> States:
     """States averaged over each word, from a `T5Encoder`."""
 
     def states(texts: list[str]) -> list[np.ndarray]:
-        txt_BSD, _ = encode_prompts(encoder, tokenizer, texts, 32)
+        txt_BSD, _ = encode_prompts(encoder, tokenizer, texts, LENGTH)
         rows = []
         for text, x_SD in zip(texts, np.asarray(txt_BSD, np.float32), strict=True):
             words = np.array([word for _, word in tokenizer.word_ids(text)])
             rows.append(np.stack([x_SD[: len(words)][words == w].mean(0) for w in range(words[-1] + 1)]))
+        return rows
+
+    return states
+
+
+def embedding_states(encoder: T5Encoder, tokenizer: Tokenizer) -> States:
+    """A bag of words: the encoder's own input vectors averaged over each word, before any layer."""
+    table_VD = np.asarray(encoder.token_embedder.embedding[...], np.float32)
+
+    def states(texts: list[str]) -> list[np.ndarray]:
+        rows = []
+        for text in texts:
+            ids, words = np.array(tokenizer.word_ids(text)).T
+            rows.append(np.stack([table_VD[ids[words == w]].mean(0) for w in range(words[-1] + 1)]))
         return rows
 
     return states
@@ -149,8 +227,12 @@ def teacher_states(folder: Path) -> States:
     teacher = Teacher(folder)
 
     def states(texts: list[str]) -> list[np.ndarray]:
-        words = teacher.states(teacher.tokenize(texts))[1].cpu().numpy()
-        return [x[: len(text.split())] for text, x in zip(texts, words, strict=True)]
+        rows = []
+        for start in range(0, len(texts), 256):
+            chunk = texts[start : start + 256]
+            words = teacher.states(teacher.tokenize(chunk))[1].cpu().numpy()
+            rows += [x[: len(text.split())] for text, x in zip(chunk, words, strict=True)]
+        return rows
 
     return states
 

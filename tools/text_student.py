@@ -1,88 +1,43 @@
-"""The student's side of the distillation: data on the device, the three losses, and a training loop over the clock."""
+"""The student's side of the distillation: its losses, and a loop over steps or the clock."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from muse.config import T5Config
 from muse.models.t5 import T5Encoder
 from muse.nn.layers import Linear
-from muse.text.tokenizer import Tokenizer
-from tools.text_teacher import Lessons
+from tools.text_binding import PLACES
+from tools.text_data import HELD_OUT, MAX_WORDS, SHORT, Data, Group, Meanings, Triples
 
-MAX_WORDS = 24
 NEIGHBOURS = (-2, -1, 1, 2)
-HELD_OUT = 100  # one text in so many is never trained on
 TEMPERATURE = 0.05  # of the similarities
 STEPS_A_CALL = 50
-# Share of each kind in a batch.
-KIND_SHARES = {'caption': 0.3, 'gloss': 0.2, 'definition': 0.15, 'word': 0.25, 'label': 0.1}
-
-
-class Data(NamedTuple):
-    """The corpus and its lessons; texts of a kind lie together."""
-
-    ids_NS: Int[Array, 'N S']
-    word_NS: Int[Array, 'N S']  # word of each piece; -1 for </s> and pads
-    len_N: Int[Array, ' N']
-    offset_N: Int[Array, ' N']  # first row of the text in `words`
-    covered_N: Int[Array, ' N']  # words the teacher saw
-    pooled_NE: Float[Array, 'N E']
-    words_WE: Float[Array, 'W E']
-    mean_E: Float[Array, ' E']  # of the teacher's word states
-    std_E: Float[Array, ' E']
-    kinds: Int[Array, 'kinds 2']  # first text and number of texts of each kind
-    shares: Float[Array, ' kinds']
-
-
-def prepare(corpus: list[tuple[str, str]], tokenizer: Tokenizer, lessons: Lessons, length: int) -> Data:
-    """Tokenises the corpus and moves all of it to the device."""
-    ids_NS, word_NS = np.zeros((len(corpus), length), np.int32), np.full((len(corpus), length), -1, np.int32)
-    len_N = np.zeros(len(corpus), np.int32)
-    for row, (_, text) in enumerate(corpus):
-        pieces = tokenizer.word_ids(text)[: length - 1]
-        len_N[row] = len(pieces) + 1
-        ids_NS[row, : len_N[row]] = [token for token, _ in pieces] + [tokenizer.eos_id]
-        word_NS[row, : len(pieces)] = [word for _, word in pieces]
-    names = list(dict.fromkeys(kind for kind, _ in corpus))
-    kind_N = np.array([names.index(kind) for kind, _ in corpus])
-    first = np.searchsorted(kind_N, np.arange(len(names)))
-    counts = np.bincount(kind_N, minlength=len(names))
-    sample = np.asarray(lessons.words[:: max(1, len(lessons.words) // 50_000)], np.float32)
-    shares = np.array([KIND_SHARES[name] for name in names], np.float32)
-    return Data(
-        ids_NS=jnp.asarray(ids_NS),
-        word_NS=jnp.asarray(word_NS),
-        len_N=jnp.asarray(len_N),
-        offset_N=jnp.asarray(lessons.offsets[:-1].astype(np.int32)),
-        covered_N=jnp.asarray(np.diff(lessons.offsets).astype(np.int32)),
-        pooled_NE=jnp.asarray(lessons.pooled),
-        words_WE=jnp.asarray(lessons.words),
-        mean_E=jnp.asarray(sample.mean(0)),
-        std_E=jnp.asarray(sample.std(0) + 1e-3),
-        kinds=jnp.asarray(np.stack([first, counts], 1).astype(np.int32)),
-        shares=jnp.asarray(shares / shares.sum()),
-    )
+# For each long text of a batch: short ones, and shares of it that are triples and meanings.
+SHORT_TEXTS, TRIPLES_SHARE, MEANINGS_SHARE = 3, 4, 2
+MARGIN, SOFTNESS = 0.3, 0.05  # of the cosines of triples
 
 
 class Student(nnx.Module):
-    """The encoder and the maps onto the teacher's width, which are dropped after training."""
+    """The encoder and the maps onto the teacher's width and onto attributes, which are dropped after training."""
 
-    def __init__(self, config: T5Config, teacher_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, teacher_width: int, attributes: int, *, rngs: nnx.Rngs):
         self.encoder = T5Encoder(config, rngs=rngs)
         self.word_head = Linear(config.width, teacher_width, ('embed', None), rngs=rngs, use_bias=True)
         neighbours = len(NEIGHBOURS) * teacher_width
         self.neighbour_head = Linear(config.width, neighbours, ('embed', None), rngs=rngs, use_bias=True)
         self.pooled_head = Linear(config.width, teacher_width, ('embed', None), rngs=rngs, use_bias=True)
+        self.attribute_head = Linear(config.width, attributes, ('embed', None), rngs=rngs, use_bias=True)
+        self.place_head = Linear(config.width, len(PLACES), ('embed', None), rngs=rngs, use_bias=True)
 
 
 def _unit(x: Array) -> Array:
@@ -98,10 +53,12 @@ def _targets(data: Data, rows_B: Array, word_BX: Array) -> tuple[Array, Array]:
 
 def _word_losses(student: Student, data: Data, rows_B: Array, x_BSD: Array) -> tuple[Array, Array]:
     """1 − R² of the teacher's states of each word, and of its neighbours, read linearly off the student's."""
-    member_BWS = (data.word_NS[rows_B][:, None, :] == jnp.arange(MAX_WORDS)[:, None]).astype(jnp.float32)
+    length = x_BSD.shape[1]
+    words = min(MAX_WORDS, length)
+    member_BWS = (data.word_NS[rows_B][:, None, :length] == jnp.arange(words)[:, None]).astype(jnp.float32)
     pieces_BW = member_BWS.sum(-1)
     means_BWD = member_BWS @ x_BSD / jnp.maximum(pieces_BW, 1)[..., None]
-    word_BW = jnp.broadcast_to(jnp.arange(MAX_WORDS), pieces_BW.shape)
+    word_BW = jnp.broadcast_to(jnp.arange(words), pieces_BW.shape)
     target_BWE, real_BW = _targets(data, rows_B, word_BW)
 
     def mean_error(found, target, real):
@@ -117,14 +74,16 @@ def _word_losses(student: Student, data: Data, rows_B: Array, x_BSD: Array) -> t
     return own, jnp.stack(others).mean()
 
 
-def losses(student: Student, data: Data, rows_B: Int[Array, ' B']) -> dict[str, Array]:
+def losses(student: Student, data: Data, rows_B: Int[Array, ' B'], length: int) -> dict[str, Array]:
     """The losses over the texts `rows_B`: 'words' and 'neighbours' (1 − R²), 'pooled' (1 − cosine), 'relations' (nats).
+
+    None of the texts has more than `length` pieces.
 
     A word's own state at the teacher hardly depends on what stands beside it; the neighbours make the student's do so,
     so that 'red ball' can be told from 'blue ball' by the ball alone.
     """
     len_B = data.len_N[rows_B]
-    x_BSD = student.encoder(data.ids_NS[rows_B], len_B).astype(jnp.float32)
+    x_BSD = student.encoder(data.ids_NS[rows_B][:, :length], len_B).astype(jnp.float32)
     mean_BD = x_BSD.sum(1) / len_B[:, None]  # states behind the end are zero
     words, neighbours = _word_losses(student, data, rows_B, x_BSD)
 
@@ -141,18 +100,75 @@ def losses(student: Student, data: Data, rows_B: Int[Array, ' B']) -> dict[str, 
     return {'words': words, 'neighbours': neighbours, 'pooled': 1 - cosine_B.mean(), 'relations': relations}
 
 
+def binding_losses(student: Student, triples: Triples) -> dict[str, Array]:
+    """The losses over triples: 'swaps' (cosine), 'attributes' and 'places' (nats).
+
+    The states of a thing's noun must be nearer to those of the same scene in other words than to those of the scene
+    that was changed, by a margin; and the thing's own attribute and place can be read linearly off them.
+    """
+    ids_BS = triples.ids_M3S.reshape(-1, triples.ids_M3S.shape[-1])
+    x_M3SD = student.encoder(ids_BS, triples.len_M3.reshape(-1)).astype(jnp.float32)
+    x_M3SD = x_M3SD.reshape(*triples.ids_M3S.shape, -1)
+    x_M32D = triples.member_M32S @ x_M3SD
+    units_M32D = _unit(x_M32D)
+    same_M2, other_M2 = (jnp.sum(units_M32D[:, 0] * units_M32D[:, i], -1) for i in (1, 2))
+    swaps = SOFTNESS * jax.nn.softplus((other_M2 - same_M2 + MARGIN) / SOFTNESS).mean()
+
+    def nats(logits_M32C, label_M32):
+        found_M32 = jnp.take_along_axis(jax.nn.log_softmax(logits_M32C), label_M32[..., None], -1)[..., 0]
+        known_M32 = label_M32 >= 0
+        return -jnp.sum(found_M32 * known_M32) / jnp.maximum(known_M32.sum(), 1)
+
+    return {
+        'swaps': swaps,
+        'attributes': nats(student.attribute_head(x_M32D), triples.attribute_M32),
+        'places': nats(student.place_head(x_M32D), triples.place_M32),
+    }
+
+
+def meaning_loss(student: Student, meanings: Meanings) -> Array:
+    """Nats of finding each word among the batch's by its definition, and each definition by its word."""
+
+    def units(ids_KS, len_K):
+        return _unit(student.encoder(ids_KS, len_K).astype(jnp.float32).sum(1))
+
+    words_KD = units(meanings.word_KS, meanings.word_len_K)
+    similar_KK = units(meanings.text_KS, meanings.text_len_K) @ words_KD.T / TEMPERATURE
+    found = (jnp.diagonal(jax.nn.log_softmax(similar_KK, axis)).mean() for axis in (0, 1))
+    return -sum(found, jnp.zeros(())) / 2
+
+
+def batch_losses(student: Student, data: Data, key: Array, batch: int) -> dict[str, Array]:
+    """The losses over random short and long texts, triples and meanings."""
+    short_key, long_key, triple_key, meaning_key = jax.random.split(key, 4)
+    length = data.ids_NS.shape[1]
+    short = losses(student, data, draw_rows(short_key, data.short, SHORT_TEXTS * batch), min(SHORT, length))
+    long = losses(student, data, draw_rows(long_key, data.long, batch), length)
+    triples = Triples(*_chosen(triple_key, data.triples, batch // TRIPLES_SHARE))
+    meanings = Meanings(*_chosen(meaning_key, data.meanings, batch // MEANINGS_SHARE))
+    both = {name: (short[name] + long[name]) / 2 for name in short}
+    return both | binding_losses(student, triples) | {'meanings': meaning_loss(student, meanings)}
+
+
+def _chosen(key: Array, arrays: tuple[Array, ...], count: int) -> list[Array]:
+    """Random rows, the same of each array."""
+    rows = jax.random.randint(key, (max(1, count),), 0, arrays[0].shape[0])
+    return [array[rows] for array in arrays]
+
+
 def total(parts: dict[str, Array]) -> Array:
     """What is minimised."""
-    return parts['words'] + parts['neighbours'] + 2 * parts['pooled'] + parts['relations']
+    meaning = parts['words'] + parts['neighbours'] + 2 * parts['pooled'] + parts['relations']
+    meaning += 0.5 * parts['meanings']
+    return meaning + 2 * parts['swaps'] + 0.2 * (parts['attributes'] + parts['places'])
 
 
-def draw_rows(key: Array, data: Data, batch: int) -> Int[Array, ' B']:
-    """Random texts that are not held out, by the shares of the kinds."""
+def draw_rows(key: Array, group: Group, batch: int) -> Int[Array, ' B']:
+    """Random texts of a group, by the shares of the kinds."""
     kind_key, row_key = jax.random.split(key)
-    kind_B = jax.random.choice(kind_key, len(data.shares), (batch,), p=data.shares)
-    first_B, count_B = data.kinds[kind_B, 0], data.kinds[kind_B, 1]
-    rows_B = first_B + (jax.random.uniform(row_key, (batch,)) * count_B).astype(jnp.int32)
-    return jnp.where(rows_B % HELD_OUT == 0, jnp.abs(rows_B - 1), rows_B)
+    kind_B = jax.random.choice(kind_key, len(group.shares), (batch,), p=group.shares)
+    first_B, count_B = group.kinds[kind_B, 0], group.kinds[kind_B, 1]
+    return group.rows_K[first_B + jax.random.randint(row_key, (batch,), 0, count_B)]
 
 
 _OPTIMIZER = optax.chain(
@@ -166,10 +182,9 @@ def make_steps(graphdef: Any, batch: int) -> Any:
     def steps(params, state, data, key, rate):
         def step(carry, key):
             params, state = carry
-            rows_B = draw_rows(key, data, batch)
 
             def loss(params):
-                parts = losses(nnx.merge(graphdef, params), data, rows_B)
+                parts = batch_losses(nnx.merge(graphdef, params), data, key, batch)
                 return total(parts), parts
 
             gradient, parts = jax.grad(loss, has_aux=True)(params)
@@ -188,7 +203,8 @@ def held_out(graphdef: Any, params: Any, data: Data, batch: int) -> dict[str, fl
     rows = np.arange(0, data.ids_NS.shape[0], HELD_OUT)
     rows = rows[np.random.default_rng(0).permutation(len(rows))]
     batch = min(batch, len(rows))
-    evaluate = jax.jit(lambda params, data, rows_B: losses(nnx.merge(graphdef, params), data, rows_B))
+    length = data.ids_NS.shape[1]
+    evaluate = jax.jit(lambda params, data, rows_B: losses(nnx.merge(graphdef, params), data, rows_B, length))
     parts = [evaluate(params, data, rows[i : i + batch]) for i in range(0, len(rows) - batch + 1, batch)]
     return {name: float(np.mean([float(part[name]) for part in parts])) for name in parts[0]}
 
@@ -210,7 +226,10 @@ def train(
     compilation: such a run ends when it should on any machine, and is not repeatable to the bit.
     """
     student = Student(
-        dataclasses.replace(config, dtype=dtype), data.words_WE.shape[1], rngs=nnx.Rngs(params=jax.random.key(seed))
+        dataclasses.replace(config, dtype=dtype),
+        data.words_WE.shape[1],
+        int(data.triples.attribute_M32.max()) + 1,
+        rngs=nnx.Rngs(params=jax.random.key(seed)),
     )
     graphdef, params = nnx.split(student, nnx.Param)
     state, run = _OPTIMIZER.init(params), make_steps(graphdef, batch)
@@ -227,8 +246,8 @@ def train(
             start = time.monotonic()
         if done % (10 * STEPS_A_CALL) == 0 or done == STEPS_A_CALL:
             shown = '  '.join(f'{name} {value:.4f}' for name, value in parts.items())
-            speed = (done - STEPS_A_CALL) * batch / max(time.monotonic() - start, 1e-9)
-            print(f'step {done}  {progress:4.0%}  {shown}  {speed:.0f} texts/s', flush=True)
+            speed = (done - STEPS_A_CALL) / max(time.monotonic() - start, 1e-9)
+            print(f'step {done}  {progress:4.0%}  {shown}  {speed:.1f} steps/s', flush=True)
         progress = done / steps if steps else (time.monotonic() - start) / (60 * minutes)
     report = {'steps': done, **held_out(graphdef, params, data, batch)}
     print(f'held out after {done} steps: {report}', flush=True)
