@@ -1,10 +1,14 @@
 """Measures a tokenizer on held-out pictures: prints one JSON line and writes a sheet of pictures and reconstructions.
 
     python tools/eval_tokenizer.py --data=EMOJI_FOLDER --split=heldout_labels --num=1000 --out=DIR \\
-        [--model=RELEASE_FOLDER] [--perceptual=FOLDER] [--features=FOLDER]
+        [--model=TOKENIZER] [--perceptual=FOLDER] [--features=FOLDER]
+    python tools/eval_tokenizer.py --pictures=FOLDER [--whole] --out=DIR ...
 
---perceptual (from tools/fetch_perceptual.py) adds lpips_vgg and lpips_alex, --features (from tools/fetch_features.py)
-adds frechet_lite0: the Fréchet distance on EfficientNet-Lite0 features, not comparable with published FID.
+--pictures takes any folder of pictures: their middle squares at --image_size or, with --whole, each picture at its own
+size by overlapping tiles, compared in squares of --image_size. --model is a release folder, a folder of diffusers'
+VQModel or a taming checkpoint. --perceptual (from tools/fetch_perceptual.py) adds lpips_vgg and lpips_alex, --features
+(from tools/fetch_features.py) adds frechet_lite0: the Fréchet distance on EfficientNet-Lite0 features, not comparable
+with published FID.
 """
 
 from __future__ import annotations
@@ -14,82 +18,136 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 from absl import app, flags
+from PIL import Image
 
+from muse import tiling
 from muse.config import DataConfig
-from muse.data.pipeline import make_loader
-from muse.errors import UserError, main_guard
+from muse.data.pictures import BadPicture, open_picture, picture_files, read_picture
+from muse.errors import UserError, main_guard, warn
 from muse.evals import features, grids, reconstruction
 from muse.models import perceptual
-from muse.release.format import load_part, shipped
+from muse.release.format import Part, shipped
+from muse.release.public_vq import load_tokenizer
 
 FLAGS = flags.FLAGS
 
 
-def pictures(loader: Iterator, number: int) -> Iterator[np.ndarray]:
-    """uint8 batches from a loader until `number` pictures are reached."""
-    left = number
-    for batch in loader:
+def batches_of_data() -> Iterator[np.ndarray]:
+    """uint8 batches of a dataset until --num pictures are reached."""
+    from muse.data.pipeline import make_loader
+
+    data = DataConfig(kind=FLAGS.kind, path=FLAGS.data, split=FLAGS.split, image_size=FLAGS.image_size)
+    left = FLAGS.num
+    for batch in make_loader(data, batch_size=min(FLAGS.batch_size, FLAGS.num), seed=FLAGS.seed, repeat=True):
         yield np.asarray(batch['img'])[:left]
         left -= len(batch['img'])
         if left <= 0:
             return
 
 
-def sheet(run, img_NHWC: np.ndarray):
+def squares_of_folder() -> Iterator[np.ndarray]:
+    """uint8 batches of the middle squares of a folder's pictures; one that cannot be read is skipped with a warning."""
+    batch = []
+    for path in picture_files(FLAGS.pictures)[: FLAGS.num]:
+        try:
+            batch.append(read_picture(path, FLAGS.image_size))
+        except BadPicture as error:
+            warn(f"'{path}' is left out ({error})")
+        if len(batch) == FLAGS.batch_size:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)
+
+
+def whole_pictures() -> Iterator[np.ndarray]:
+    """A folder's pictures at their own size; those that cannot be read or are too small are skipped with a warning."""
+    for path in picture_files(FLAGS.pictures)[: FLAGS.num]:
+        try:
+            img_HWC = open_picture(path)
+        except UserError as error:
+            warn(str(error))
+            continue
+        if min(img_HWC.shape[:2]) < FLAGS.image_size:
+            warn(f"'{path}' is left out (a side is under --image_size={FLAGS.image_size})")
+            continue
+        yield img_HWC
+
+
+def judge_batches(part: Part, nets: dict[str, Any]) -> tuple[dict[str, float], Image.Image]:
+    batches = squares_of_folder() if FLAGS.pictures else batches_of_data()
+    first = next(batches, np.zeros((0, 1, 1, 3), np.uint8))  # looked at twice: measured, and drawn
+    result = reconstruction.evaluate_tokenizer(
+        part.config, part.params, itertools.chain([first], batches) if len(first) else [], **nets
+    )
+    made_NHWC = reconstruction.reconstruct(part.config, part.params)(first[:16])[0]
+    return result, pairs(first[:16], np.asarray(made_NHWC))
+
+
+def judge_whole(part: Part, nets: dict[str, Any]) -> tuple[dict[str, float], Image.Image]:
+    tokenizer = tiling.tiled_tokenizer(part.config, part.params, tile=FLAGS.tile, overlap=FLAGS.overlap)
+    result = reconstruction.evaluate_whole(tokenizer, whole_pictures(), piece=FLAGS.image_size, **nets)
+    few = list(itertools.islice(whole_pictures(), 4))
+    middle = [tuple((side - FLAGS.image_size) // 2 for side in img_HWC.shape[:2]) for img_HWC in few]
+    cut = [slice(0, FLAGS.image_size)] * 2
+    real = [img[top:, left:][*cut] for img, (top, left) in zip(few, middle, strict=True)]
+    made = [tiling.reconstruct(tokenizer, img)[top:, left:][*cut] for img, (top, left) in zip(few, middle, strict=True)]
+    return result, pairs(np.stack(real), np.stack(made))
+
+
+def pairs(img_NHWC: np.ndarray, made_NHWC: np.ndarray) -> Image.Image:
     """Pictures and their reconstructions side by side, four pairs a row."""
-    made_NHWC = np.asarray(run(img_NHWC)[0])
-    pairs = np.stack([img_NHWC, made_NHWC], axis=1).reshape(-1, *img_NHWC.shape[1:])
-    return grids.grid(pairs, columns=8)
+    return grids.grid(np.stack([img_NHWC, made_NHWC], axis=1).reshape(-1, *img_NHWC.shape[1:]), columns=8)
 
 
-def _check_counts() -> None:
+def _check_flags() -> None:
     counts = {'num': FLAGS.num, 'batch_size': FLAGS.batch_size, 'image_size': FLAGS.image_size}
     for name, value in counts.items():
         if value < 1:
             raise UserError(f'--{name}={value}: give 1 or more')
+    if FLAGS.whole and not FLAGS.pictures:
+        raise UserError('--whole judges pictures at their own size: name their folder with --pictures')
 
 
 def main(_: list[str]) -> None:
     with main_guard():
-        _check_counts()
+        _check_flags()
         out = Path(FLAGS.out)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
-        part = load_part(FLAGS.model or shipped(), 'tokenizer')
-        judges, feature_net = {}, None
+        part = load_tokenizer(FLAGS.model or shipped())
+        nets: dict[str, Any] = {'judges': {}, 'feature_net': None}
         if FLAGS.perceptual:
-            judges = {f'lpips_{arch}': perceptual.load_lpips(FLAGS.perceptual, arch) for arch in ('vgg', 'alex')}
+            nets['judges'] = {f'lpips_{a}': perceptual.load_lpips(FLAGS.perceptual, a) for a in ('vgg', 'alex')}
         if FLAGS.features:
-            feature_net = features.load_features(FLAGS.features)
-        data = DataConfig(kind=FLAGS.kind, path=FLAGS.data, split=FLAGS.split, image_size=FLAGS.image_size)
-        loader = iter(make_loader(data, batch_size=min(FLAGS.batch_size, FLAGS.num), seed=FLAGS.seed, repeat=True))
-        # The first batches are looked at twice: measured, and drawn.
-        first = list(itertools.islice(loader, 1))
-        batches = pictures(itertools.chain(first, loader), FLAGS.num)
-        result = reconstruction.evaluate_tokenizer(
-            part.config, part.params, batches, judges=judges, feature_net=feature_net
-        )
-        path = out / f'reconstructions_{FLAGS.split}.png'
-        sheet(reconstruction.reconstruct(part.config, part.params), np.asarray(first[0]['img'])[:16]).save(path)
-        about = {'tokenizer': part.hash[:12], 'split': FLAGS.split, 'grid': str(path)}
-        print(json.dumps(result | about))
+            nets['feature_net'] = features.load_features(FLAGS.features)
+        result, sheet = judge_whole(part, nets) if FLAGS.whole else judge_batches(part, nets)
+        on = {'pictures_of': FLAGS.pictures} if FLAGS.pictures else {'split': FLAGS.split}
+        path = out / f'reconstructions_{"folder" if FLAGS.pictures else FLAGS.split}.png'
+        sheet.save(path)
+        print(json.dumps(result | {'tokenizer': part.hash[:12] or FLAGS.model} | on | {'grid': str(path)}))
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('model', '', 'release folder with a tokenizer; the shipped one when empty')
+    flags.DEFINE_string('model', '', 'tokenizer; the shipped one when empty')
     flags.DEFINE_string('data', '', 'folder of the data; the sample in the package when empty')
     flags.DEFINE_enum('kind', 'scenes', ['scenes', 'tfds', 'folder'], 'kind of data')
     flags.DEFINE_string('split', 'heldout_labels', 'split to measure on')
+    flags.DEFINE_string('pictures', '', 'any folder of pictures, in place of a dataset')
+    flags.DEFINE_bool('whole', False, 'pictures at their own size, by tiles')
+    flags.DEFINE_integer('tile', 512, 'with --whole: side of a tile in pixels')
+    flags.DEFINE_integer('overlap', 128, 'with --whole: least pixels that neighbouring tiles share')
     flags.DEFINE_integer('num', 1000, 'pictures to measure on')
     flags.DEFINE_integer('batch_size', 16, 'pictures at a time')
-    flags.DEFINE_integer('image_size', 256, 'side of the pictures')
+    flags.DEFINE_integer('image_size', 256, 'side of the pictures; with --whole, of the squares that are compared')
     flags.DEFINE_integer('seed', 0, 'order of the pictures and composition of scenes')
     flags.DEFINE_string('perceptual', '', 'folder of LPIPS weights')
     flags.DEFINE_string('features', '', 'folder of the feature net')

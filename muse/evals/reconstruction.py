@@ -14,12 +14,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from muse.config import VQConfig
+from muse import tiling
+from muse.config import PublicVQConfig, VQConfig
 from muse.errors import UserError
 from muse.evals.features import FeatureNet
 from muse.models import perceptual, quantize
 from muse.models.perceptual import Perceptual
-from muse.models.vqgan import VQGAN, to_float, to_uint8
+from muse.models.vqgan import to_float, to_uint8
+from muse.release.format import graphdef_and_template
+from muse.tiling import TiledTokenizer
 
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 
@@ -75,9 +78,9 @@ def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     return float(np.square(mean_a - mean_b).sum() + np.square(x_ND).sum() + np.square(y_MD).sum() - 2 * cross)
 
 
-def reconstruct(config: VQConfig, params: nnx.State):
+def reconstruct(config: VQConfig | PublicVQConfig, params: nnx.State):
     """A jitted function: uint8 pictures `[B, H, W, 3]` → (uint8 reconstructions, ids `[B, h, w]`)."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
+    graphdef = graphdef_and_template('tokenizer', config)[0]
 
     @jax.jit
     def run(params: nnx.State, img_BHWC: Array) -> tuple[Array, Array]:
@@ -95,8 +98,43 @@ def _compare(nets: dict[str, Perceptual], real_BHWC: Array, made_BHWC: Array) ->
     return {'psnr': psnr(a_BHWC, b_BHWC), 'ssim': ssim(a_BHWC, b_BHWC), **judged}
 
 
+class _Scores:
+    """Sums over pictures, and what the codebook and the feature net saw."""
+
+    def __init__(self, codes: int, judges: dict[str, Perceptual], feature_net: FeatureNet | None):
+        self.judges, self.feature_net = judges, feature_net
+        self.sums: dict[str, float] = {}
+        self.counts_V, self.pieces = np.zeros(codes), 0
+        self.features: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+
+    def add(self, real_BHWC: np.ndarray, made_BHWC: Array | np.ndarray) -> None:
+        """Compares uint8 pictures with their reconstructions."""
+        for name, value_B in _compare(self.judges, jnp.asarray(real_BHWC), jnp.asarray(made_BHWC)).items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(jnp.sum(value_B))
+        self.pieces += len(real_BHWC)
+        if self.feature_net is not None:
+            for found, img_BHWC in zip(self.features, (real_BHWC, made_BHWC), strict=True):
+                found.append(np.asarray(self.feature_net(jnp.asarray(img_BHWC))[0]))
+
+    def count(self, ids: np.ndarray) -> None:
+        self.counts_V += np.bincount(ids.reshape(-1), minlength=len(self.counts_V))
+
+    def result(self, pictures: int) -> dict[str, float]:
+        if pictures == 0:
+            raise UserError('no pictures to evaluate on: check the split and the number asked for')
+        total_V = jnp.asarray(self.counts_V, jnp.float32)
+        result = {name: total / self.pieces for name, total in self.sums.items()} | {
+            'codebook_usage': float(quantize.usage(total_V)),
+            'perplexity': float(quantize.perplexity(total_V)),
+            'pictures': pictures,
+        }
+        if self.feature_net is not None and self.pieces > 1:
+            result['frechet_lite0'] = frechet_distance(*map(np.concatenate, self.features))
+        return result
+
+
 def evaluate_tokenizer(
-    config: VQConfig,
+    config: VQConfig | PublicVQConfig,
     params: nnx.State,
     pictures: Iterable[np.ndarray],
     *,
@@ -119,29 +157,53 @@ def evaluate_tokenizer(
     Raises:
         UserError: no pictures.
     """
-    run = reconstruct(config, params)
-    sums: dict[str, float] = {}
-    counts_V = np.zeros(config.codebook_size)
-    features: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    number = 0
+    run, scores, number = reconstruct(config, params), _Scores(config.codebook_size, judges, feature_net), 0
     for real_BHWC in pictures:
         made_BHWC, ids_Bhw = run(real_BHWC)
-        for name, value_B in _compare(judges, jnp.asarray(real_BHWC), made_BHWC).items():
-            sums[name] = sums.get(name, 0.0) + float(jnp.sum(value_B))
-        counts_V += np.bincount(np.asarray(ids_Bhw).reshape(-1), minlength=config.codebook_size)
+        scores.add(real_BHWC, made_BHWC)
+        scores.count(np.asarray(ids_Bhw))
         number += len(real_BHWC)
-        if feature_net is not None:
-            for found, img_BHWC in zip(features, (real_BHWC, made_BHWC), strict=True):
-                found.append(np.asarray(feature_net(jnp.asarray(img_BHWC))[0]))
-    if number == 0:
-        raise UserError('no pictures to evaluate on: check the split and the number asked for')
-    result = {name: total / number for name, total in sums.items()}
-    total_V = jnp.asarray(counts_V, jnp.float32)
-    result |= {
-        'codebook_usage': float(quantize.usage(total_V)),
-        'perplexity': float(quantize.perplexity(total_V)),
-        'pictures': number,
-    }
-    if feature_net is not None and number > 1:
-        result['frechet_lite0'] = frechet_distance(np.concatenate(features[0]), np.concatenate(features[1]))
-    return result
+    return scores.result(number)
+
+
+def evaluate_whole(
+    tokenizer: TiledTokenizer,
+    pictures: Iterable[np.ndarray],
+    *,
+    judges: dict[str, Perceptual],
+    feature_net: FeatureNet | None = None,
+    piece: int = 256,
+) -> dict[str, float]:
+    """As `evaluate_tokenizer`, for pictures of any size, each reconstructed whole by tiles.
+
+    Args:
+        tokenizer: as `muse.tiling.tiled_tokenizer` prepares it.
+        pictures: uint8 `[H, W, 3]`, both sides at least `piece`.
+        judges: metric name → perceptual net.
+        feature_net: adds 'frechet_lite0', over pieces.
+        piece: pictures and reconstructions are compared in squares of this side, evenly spread to cover the picture,
+            so that memory is bounded and nets see the size they know; means are over pieces.
+
+    Raises:
+        UserError: no pictures, or one smaller than a piece.
+    """
+    scores, number = _Scores(tokenizer.codebook_size, judges, feature_net), 0
+    for real_HWC in pictures:
+        height, width = real_HWC.shape[:2]
+        if min(height, width) < piece:
+            raise UserError(f'a picture of {height}x{width} is smaller than a piece of {piece}: choose a smaller piece')
+        ids_hw = tiling.encode_tiled(tokenizer, real_HWC)
+        made_HWC = tiling.decode_tiled(tokenizer, ids_hw)[:height, :width]
+        for top in _spread(height, piece):
+            for left in _spread(width, piece):
+                box = slice(top, top + piece), slice(left, left + piece)
+                scores.add(real_HWC[box][None], made_HWC[box][None])
+        scores.count(ids_hw)
+        number += 1
+    return scores.result(number)
+
+
+def _spread(side: int, piece: int) -> list[int]:
+    """First pixels of the fewest pieces that cover a side."""
+    number = -(-side // piece)
+    return [round(k * (side - piece) / max(number - 1, 1)) for k in range(number)]

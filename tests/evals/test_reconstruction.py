@@ -15,6 +15,7 @@ from muse.evals import reconstruction
 from muse.evals.features import random_features
 from muse.models.perceptual import random_net
 from muse.models.vqgan import VQGAN
+from muse.tiling import tiled_tokenizer
 
 
 def pictures(seed=0, number=3, size=24):
@@ -79,6 +80,28 @@ def test_evaluate_tokenizer_is_a_mean_over_pictures_whatever_the_batches():
     assert whole['psnr'] == pytest.approx(np.mean(10 * np.log10(255**2 / mse)), rel=1e-4)
     assert 0 < whole['codebook_usage'] <= 1 <= whole['perplexity'] <= 16
     assert whole['lpips_random'] > 0 and parts['frechet_lite0'] > 0
+
+
+def test_evaluate_whole_agrees_with_evaluate_tokenizer_where_the_picture_is_one_piece():
+    config = VQConfig(channels=8, channel_mult=(1, 2), num_res_blocks=1, codebook_size=16, code_dim=4)
+    params = nnx.split(filled(lambda: VQGAN(config, rngs=nnx.Rngs(params=0))), nnx.Param)[1]
+    img = np.random.default_rng(6).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    judges = {'lpips_random': random_net()}
+    tokenizer = tiled_tokenizer(config, params, tile=16, overlap=4)
+    batched = reconstruction.evaluate_tokenizer(config, params, [img], judges=judges)
+    whole = reconstruction.evaluate_whole(tokenizer, img, judges=judges, piece=16)
+    assert whole.keys() == batched.keys()
+    for name, value in batched.items():
+        assert whole[name] == pytest.approx(value, rel=1e-2), name  # rounding before or after the pixels' blend
+    with pytest.raises(UserError, match='16x16 is smaller than a piece of 20'):
+        reconstruction.evaluate_whole(tokenizer, img, judges=judges, piece=20)
+
+
+def test_pieces_cover_a_picture():
+    for side in range(7, 60):
+        begins = reconstruction._spread(side, 7)
+        assert begins[0] == 0 and begins[-1] == side - 7 and len(begins) == -(-side // 7)
+        assert all(0 < b - a <= 7 for a, b in zip(begins, begins[1:], strict=False))
 
 
 def test_no_pictures():
