@@ -1,4 +1,4 @@
-"""The training side of masked modelling (§2.3, §2.6, §2.7): mask law, random masks, loss, dropping the text.
+"""The training side of masked modelling (§2.3, §2.4, §2.6, §2.7): masks, loss, dropped texts, corrupted tokens.
 
 Row i of a batch draws from `fold_in(key, i)`, so that a row's mask is the same on any mesh and in any batch size.
 """
@@ -34,6 +34,24 @@ def drop_text(key: Key[Array, ''], len_B: Int[Array, ' B'], rate: float) -> Int[
     """Lengths with a share `rate` of them set to 0, which is "no text": what guidance trains on (§2.7)."""
     dropped_B = jax.vmap(jax.random.uniform)(row_keys(key, len_B.shape[0])) < rate
     return jnp.where(dropped_B, 0, len_B)
+
+
+def corrupt_tokens(
+    key: Key[Array, ''], tok_BT: Int[Array, 'B T'], most: float, codebook_size: int
+) -> Int[Array, 'B T']:
+    """Replaces tokens by random codes: each row a share of its own, drawn evenly from 0 to `most`.
+
+    The super-res reads true low-res tokens in training and sampled ones afterwards, which are wrong here and there:
+    so it learns not to trust each of them.
+    """
+
+    def row(key, tok_T):
+        share_key, place_key, code_key = jax.random.split(key, 3)
+        share = jax.random.uniform(share_key, (), maxval=most)
+        random_T = jax.random.randint(code_key, tok_T.shape, 0, codebook_size, tok_T.dtype)
+        return jnp.where(jax.random.uniform(place_key, tok_T.shape) < share, random_T, tok_T)
+
+    return jax.vmap(row)(row_keys(key, tok_BT.shape[0]), tok_BT)
 
 
 def masked_ce(

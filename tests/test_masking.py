@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from muse.masking import drop_text, mask_ratio, masked_accuracy, masked_ce, random_mask
+from muse.masking import corrupt_tokens, drop_text, mask_ratio, masked_accuracy, masked_ce, random_mask
 
 
 def test_mask_ratio_follows_the_papers_density():
@@ -61,3 +61,24 @@ def test_ten_percent_of_texts_are_dropped_and_ninety_kept():
     kept = np.asarray(drop_text(jax.random.key(0), lengths, 0.1))
     assert set(np.unique(kept)) == {0, 7}
     assert abs((kept == 7).mean() - 0.9) < 0.0065  # 3 standard errors
+
+
+def test_a_random_share_of_low_res_tokens_is_replaced_by_any_code():
+    tok = jnp.full((4000, 64), 5)
+    found = np.asarray(corrupt_tokens(jax.random.key(0), tok, 0.2, 8))
+    wrong = (found != 5).mean(1) * 8 / 7  # one replacement in eight is the same code
+    assert abs(wrong.mean() - 0.1) < 0.004  # 4 standard errors
+    # A share drawn evenly from 0 to 0.2, then tokens at that rate: variance of both, 0.2²/12 and s(1−s·7/8)/64·8/7.
+    assert abs(wrong.var() - (0.2**2 / 12 + 8 / 7 * (0.1 - 7 / 8 * (0.1**2 + 0.2**2 / 12)) / 64)) < 4e-4
+    replaced = found[found != 5]
+    np.testing.assert_allclose(np.bincount(replaced, minlength=8) / len(replaced), (np.arange(8) != 5) / 7, atol=0.01)
+    places = (found != 5).mean(0)
+    np.testing.assert_allclose(places, 0.0875, atol=0.02)
+
+
+def test_no_corruption_leaves_the_tokens_and_rows_draw_for_themselves():
+    tok = jax.random.randint(jax.random.key(1), (16, 64), 0, 8)
+    np.testing.assert_array_equal(corrupt_tokens(jax.random.key(0), tok, 0.0, 8), tok)
+    large = np.asarray(corrupt_tokens(jax.random.key(0), tok, 0.5, 8))
+    np.testing.assert_array_equal(corrupt_tokens(jax.random.key(0), tok[:3], 0.5, 8), large[:3])
+    assert len({row.tobytes() for row in large != np.asarray(tok)}) == 16

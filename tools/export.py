@@ -2,12 +2,14 @@
 
     python tools/export.py --tokenizer=runs/emoji/tokenizer/export --text_encoder=FOLDER --base=runs/emoji/base/export \
         --out=release --storage=int8
+
+With --superres=FOLDER and --superres_tokenizer=FOLDER the release draws at the super-res's size too.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,48 +18,69 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from muse.errors import UserError, main_guard
-from muse.release.format import VOCABULARY, file_hash, load_part, load_release, save_part
+from muse.release.format import VOCABULARY, Part, load_part, load_release, load_superres_tokenizer, save_part
+from muse.release.text_encoder import load_text_encoder
+from muse.text.tokenizer import Tokenizer
 
 _TOKENIZER = flags.DEFINE_string('tokenizer', None, 'Folder of the tokenizer.')
-_TEXT = flags.DEFINE_string('text_encoder', None, 'Folder of the text encoder and its vocabulary.')
+_TEXT = flags.DEFINE_string('text_encoder', None, 'Folder of the text encoder and its vocabulary; a T5 checkpoint too.')
 _BASE = flags.DEFINE_string('base', None, 'Folder of the base.')
+_SUPERRES = flags.DEFINE_string('superres', '', 'Folder of the super-res, if there is one.')
+_SUPERRES_TOKENIZER = flags.DEFINE_string('superres_tokenizer', '', 'Folder of the tokenizer of its tokens.')
 _OUT = flags.DEFINE_string('out', None, 'The release folder; made when missing.')
 _STORAGE = flags.DEFINE_enum('storage', 'int8', ['int8', 'bfloat16', 'float32'], 'Type of the large tensors on disk.')
 
 Storage = Literal['int8', 'bfloat16', 'float32']
 
 
-def export(tokenizer: Path, text_encoder: Path, base: Path, out: Path, storage: Storage) -> int:
+def export(
+    tokenizer: Path,
+    text_encoder: Path,
+    base: Path,
+    out: Path,
+    storage: Storage,
+    superres: tuple[Path, Path] | None = None,
+) -> int:
     """Writes the release and returns its size in bytes.
 
-    Rounding the frozen parts changes their hash, so the base is made to name the stored ones here, once it is known
-    that it was trained on the parts given.
+    Rounding the frozen parts changes their hash, so the transformers are made to name the stored ones here, once it is
+    known that they were trained on the parts given. `superres` are the folders of the super-res and of its tokenizer.
 
     Raises:
-        UserError: a missing or damaged part, or a base that was trained on other parts.
+        UserError: a missing or damaged part, or a transformer that was trained on other parts.
     """
-    parts = {'tokenizer': load_part(tokenizer, 'tokenizer'), 'text_encoder': load_part(text_encoder, 'text_encoder')}
-    trained = load_part(base, 'base')
-    for (name, part), folder in zip(parts.items(), (tokenizer, text_encoder), strict=True):
-        wanted = str(trained.extra.get(f'{name}_sha256'))
-        if wanted != part.hash:
-            raise UserError(
-                f"'{base}' was trained on {name} {wanted[:12]}, '{folder}' holds {part.hash[:12]}: give the one it was "
-                'trained on'
-            )
-    vocabulary = text_encoder / VOCABULARY
-    if not vocabulary.is_file():
-        raise UserError(f"vocabulary '{vocabulary}' does not exist: give the folder the text encoder was made in")
-    extra = dict(trained.extra)
-    for name, part in parts.items():
-        notes = part.extra | ({'vocabulary_sha256': file_hash(vocabulary)} if name == 'text_encoder' else {})
-        stored = save_part(out, name, config=part.config, params=part.params, storage=storage, extra=notes)
-        extra[f'{name}_sha256'] = stored
-    save_part(out, 'base', config=trained.config, params=trained.params, storage=storage, extra=extra)
-    if vocabulary.resolve() != (out / VOCABULARY).resolve():
-        shutil.copyfile(vocabulary, out / VOCABULARY)
+    text = load_text_encoder(text_encoder)
+    frozen = {'tokenizer': (tokenizer, load_part(tokenizer, 'tokenizer')), 'text_encoder': (text_encoder, text.part)}
+    trained = {'base': (base, load_part(base, 'base'))}
+    if superres:
+        frozen['superres_tokenizer'] = superres[1], load_superres_tokenizer(superres[1])
+        trained['superres'] = superres[0], load_part(superres[0], 'superres')
+    for folder, model in trained.values():
+        _check(folder, model, frozen)
+    vocabulary = Tokenizer(text.vocabulary).model
+    stored = {}
+    for name, (_, part) in frozen.items():
+        # Rounded, a finetuned decoder's encoder is that of no other file any more.
+        notes = {key: value for key, value in part.extra.items() if key != 'ids_sha256'}
+        notes |= {'vocabulary_sha256': sha256(vocabulary).hexdigest()} if name == 'text_encoder' else {}
+        key = f'{name}_sha256'
+        stored[key] = save_part(out, name, config=part.config, params=part.params, storage=storage, extra=notes)
+    for name, (_, part) in trained.items():
+        extra = {key: stored.get(key, value) for key, value in part.extra.items()}
+        save_part(out, name, config=part.config, params=part.params, storage=storage, extra=extra)
+    (out / VOCABULARY).write_bytes(vocabulary)
     load_release(out)
     return sum(file.stat().st_size for file in out.iterdir() if file.suffix in ('.safetensors', '.json', '.model'))
+
+
+def _check(folder: Path, model: Part, frozen: dict[str, tuple[Path, Part]]) -> None:
+    for name, (where, part) in frozen.items():
+        wanted = model.extra.get(f'{name}_sha256')
+        if wanted != part.ids_hash and (wanted is not None or name != 'superres_tokenizer'):
+            raise UserError(
+                f"'{folder}' was trained on {name} {str(wanted)[:12]}, '{where}' holds {part.ids_hash[:12]}: give the "
+                'one it was trained on'
+            )
 
 
 def main(_: list[str]) -> None:
@@ -67,7 +90,10 @@ def main(_: list[str]) -> None:
         if missing := [f'--{name}=FOLDER' for name, value in folders.items() if not value]:
             raise UserError(f'tools/export.py needs {" ".join(missing)}')
         paths = {name: Path(str(value)) for name, value in folders.items()}
-        size = export(**paths, storage=cast(Storage, _STORAGE.value))
+        if bool(_SUPERRES.value) != bool(_SUPERRES_TOKENIZER.value):
+            raise UserError('--superres and --superres_tokenizer go together: give both or neither')
+        superres = (Path(_SUPERRES.value), Path(_SUPERRES_TOKENIZER.value)) if _SUPERRES.value else None
+        size = export(**paths, storage=cast(Storage, _STORAGE.value), superres=superres)
         print(f'{paths["out"]}: {size / 2**20:.1f} MiB ({_STORAGE.value})')
 
 

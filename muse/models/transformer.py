@@ -6,25 +6,36 @@ Choices where the paper is silent are listed in docs/design.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from muse.config import TransformerConfig
-from muse.nn.attention import CrossAttention, KeysValues, SelfAttention
+from muse.config import SuperresConfig, TransformerConfig
+from muse.nn.attention import CrossAttention, KeysValues, MultiAxisAttention, SelfAttention
 from muse.nn.layers import MLP, Embed, Linear, RMSNorm, param, scan_layers, stack
 
 Memory = tuple[Float[Array, 'L B S1 N H'], Float[Array, 'L B S1 N H']]  # KeysValues of every layer
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention, MLP; each behind a norm, each added to the stream."""
+    """Self-attention, cross-attention, MLP; each behind a norm, each added to the stream.
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    `self_attention` makes the module of that kind: over all tokens here, multi-axis in the super-res.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig | SuperresConfig,
+        *,
+        rngs: nnx.Rngs,
+        self_attention: Callable[..., SelfAttention | MultiAxisAttention] = SelfAttention,
+    ):
         width, heads, backend = config.width, config.heads, config.attention
         out_scale = (3 * config.layers) ** -0.5  # keeps the variance of the residual stream ≈ 1 at any depth
         self.self_norm = RMSNorm(width, rngs=rngs)
-        self.self_attention = SelfAttention(width, heads, rngs=rngs, backend=backend, out_scale=out_scale)
+        self.self_attention = self_attention(width, heads, rngs=rngs, backend=backend, out_scale=out_scale)
         self.cross_norm = RMSNorm(width, rngs=rngs)
         self.cross_attention = CrossAttention(width, heads, width, rngs=rngs, backend=backend, out_scale=out_scale)
         self.mlp_norm = RMSNorm(width, rngs=rngs)
@@ -61,6 +72,12 @@ class GridPositions(nnx.Module):
         return (rows_RD[:, None] + columns_CD[None]).reshape(grid[0] * grid[1], -1)
 
 
+def keys_values_of(blocks: Block, memory_BSD: Float[Array, 'B S D']) -> Memory:
+    """Cross-attention keys and values of every layer of a stack of `Block`s, `[L, B, 1+S, N, H]` each."""
+    graphdef, params = nnx.split(blocks, nnx.Param)
+    return jax.lax.map(lambda p: nnx.merge(graphdef, p).cross_attention.keys_values(memory_BSD), params)
+
+
 class Transformer(nnx.Module):
     """Token ids with [MASK] at the unknown, text states and their lengths → logits over the codebook."""
 
@@ -83,9 +100,7 @@ class Transformer(nnx.Module):
 
         They depend on the text alone: sampling computes them once a prompt and hands them to `logits`.
         """
-        text_BSD = self._project(txt_BSD)
-        graphdef, params = nnx.split(self.blocks, nnx.Param)
-        return jax.lax.map(lambda p: nnx.merge(graphdef, p).cross_attention.keys_values(text_BSD), params)
+        return keys_values_of(self.blocks, self._project(txt_BSD))
 
     def logits(
         self,

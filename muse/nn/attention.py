@@ -1,4 +1,4 @@
-"""Attention: one function with three backends, and the self- and cross-attention modules made of it.
+"""Attention: one function with three backends, and the self-, multi-axis and cross-attention modules made of it.
 
 Text of any source reaches a model as an array and a length. The null condition belongs to the layer that reads it: a
 learned key/value in FIRST place, so that real keys are always a prefix, "no text" is a prefix of one, and no row is
@@ -12,11 +12,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from muse.nn.layers import Linear, RMSNorm, param
+from muse.errors import UserError
+from muse.nn.layers import ROWS, Linear, RMSNorm, mesh_split, param, platform
 
 Backend = Literal['xla', 'cudnn', 'splash']
+_SPLASH_BLOCK = 128
 
 
 def attention(
@@ -41,6 +44,7 @@ def attention(
     if backend == 'splash':
         return _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale)
     if backend == 'cudnn':
+        bias_1NTS = None if bias_1NTS is None else bias_1NTS.astype(q_BTNH.dtype)  # it takes no other
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSNH, v_BSNH, bias=bias_1NTS, scale=scale, implementation='cudnn', key_value_seq_lengths=lengths_B
         )
@@ -55,15 +59,34 @@ def attention(
 
 
 def _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale):
-    """The TPU kernel. Padding is a segment of its own: real keys and all queries are segment 0, pads segment 1."""
+    """The TPU kernel, on each device's rows and heads of the mesh of `jax.set_mesh`: the compiler cannot split it.
+
+    Keys are padded to a multiple of the kernel's 128 and then count as not real, as those past a row's length.
+    """
+    (b, t, n, _), s = q_BTNH.shape, k_BSNH.shape[1]
+    if t % _SPLASH_BLOCK:
+        raise UserError(f"attention 'splash' wants a multiple of {_SPLASH_BLOCK} queries, not {t}: use 'xla'")
+    lengths_B = jnp.full(b, s) if lengths_B is None and s % _SPLASH_BLOCK else lengths_B
+    padding = ((0, 0), (0, -s % _SPLASH_BLOCK), (0, 0), (0, 0))
+    k_BSNH, v_BSNH = jnp.pad(k_BSNH, padding), jnp.pad(v_BSNH, padding)
+    operands = (q_BTNH * scale, k_BSNH, v_BSNH) + (() if lengths_B is None else (lengths_B,))
+    rows, heads = mesh_split(b, *ROWS), mesh_split(n, 'tensor')
+    if rows is None and heads is None:
+        return _splash_kernel(*operands)
+    spec = P(rows, None, heads, None)
+    in_specs = (spec, spec, spec, P(rows))[: len(operands)]
+    return jax.shard_map(_splash_kernel, in_specs=in_specs, out_specs=spec, check_vma=False)(*operands)
+
+
+def _splash_kernel(q_BTNH, k_BSNH, v_BSNH, lengths_B=None):
+    """One device's part. Padding is a segment of its own: real keys and all queries are segment 0, pads segment 1."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     (_, t, n, _), s = q_BTNH.shape, k_BSNH.shape[1]
     mask = masks.MultiHeadMask([masks.FullMask((t, s)) for _ in range(n)])
-    interpret = jax.default_backend() == 'cpu'
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH * scale, k_BSNH, v_BSNH))
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=platform() == 'cpu')
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
     if lengths_B is None:
         out_BNTH = jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
     else:
@@ -96,6 +119,66 @@ class SelfAttention(nnx.Module):
         v_BTNH = _heads(self.value(x_BTD), self.heads)
         y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, scale=self.head_dim**-0.5, backend=self.backend)
         return self.out(y_BTNH.reshape(x_BTD.shape))
+
+
+def to_blocks(x: Array, grid: tuple[int, int], block: int) -> Array:
+    """Tokens `[B, T, ...]` of a grid, row by row → block by block, each block row by row.
+
+    In this order a block is a run of `block²` tokens, so that attention within blocks and across them is a reshape:
+    a model permutes its input once and its output once (`from_blocks`), never between layers.
+    """
+    (rows, columns), rest = grid, x.shape[2:]
+    x = x.reshape(x.shape[0], rows // block, block, columns // block, block, *rest)
+    return x.swapaxes(2, 3).reshape(x.shape[0], rows * columns, *rest)
+
+
+def from_blocks(x: Array, grid: tuple[int, int], block: int) -> Array:
+    """What `to_blocks` did, undone."""
+    (rows, columns), rest = grid, x.shape[2:]
+    x = x.reshape(x.shape[0], rows // block, columns // block, block, block, *rest)
+    return x.swapaxes(2, 3).reshape(x.shape[0], rows * columns, *rest)
+
+
+class MultiAxisAttention(nnx.Module):
+    """Self-attention along two axes of a grid of blocks (HiT, Zhao et al. 2021, section 3.1), with QK-norm.
+
+    Half of the heads attend within each block of `block × block` tokens; the other half attend across the blocks, from
+    a token to the tokens at its place in every block (a dilated grid over the whole picture). Tokens come in the order
+    of `to_blocks`. With 64×64 tokens and blocks of 8×8 each query sees 64 keys instead of 4096.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, block: int, rngs: nnx.Rngs, backend: Backend = 'xla', out_scale: float = 1.0
+    ):
+        self.heads, self.head_dim, self.block_tokens = heads, width // heads, block**2
+        # Splash wants at least 128 keys; 64 keys a query make a score matrix too small to need a kernel.
+        self.backend: Backend = 'xla' if backend == 'splash' else backend
+        self.query = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.key = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.value = Linear(width, width, ('embed', 'heads'), rngs=rngs)
+        self.out = Linear(width, width, ('heads', 'embed'), rngs=rngs, scale=out_scale)
+        self.query_norm = RMSNorm(self.head_dim, rngs=rngs)
+        self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
+
+    def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+        q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
+        k_BTNH = self.key_norm(_heads(self.key(x_BTD), self.heads))
+        v_BTNH = _heads(self.value(x_BTD), self.heads)
+        local, across = zip(*(self._axes(x) for x in (q_BTNH, k_BTNH, v_BTNH)), strict=True)
+        scale, shape = self.head_dim**-0.5, (x_BTD.shape[0], -1, self.block_tokens, self.heads // 2, self.head_dim)
+        y_local = attention(*local, scale=scale, backend=self.backend).reshape(shape)
+        y_across = attention(*across, scale=scale, backend=self.backend)
+        y_across = y_across.reshape(shape[0], self.block_tokens, -1, *shape[3:]).swapaxes(1, 2)
+        return self.out(jnp.stack([y_local, y_across], axis=4).reshape(x_BTD.shape))
+
+    def _axes(self, x_BTNH: Float[Array, 'B T N H']) -> tuple[Array, Array]:
+        """`[B·blocks, tokens, N/2, H]` for the heads within blocks, `[B·tokens, blocks, N/2, H]` for those across.
+
+        The two kinds take turns among the heads, so that a mesh that splits the heads splits both kinds alike.
+        """
+        x = x_BTNH.reshape(x_BTNH.shape[0], -1, self.block_tokens, self.heads // 2, 2, self.head_dim)
+        local, across = x[..., 0, :], x[..., 1, :].swapaxes(1, 2)
+        return local.reshape(-1, *local.shape[2:]), across.reshape(-1, *across.shape[2:])
 
 
 KeysValues = tuple[Float[Array, 'B S1 N H'], Float[Array, 'B S1 N H']]

@@ -6,14 +6,18 @@ along a leading 'layers' axis and run with one `lax.scan`, so that compile time 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+ROWS = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
 Axes = tuple[str | None, ...]
 Init = Callable[..., Array]
 BlockT = TypeVar('BlockT', bound=nnx.Module)
@@ -24,6 +28,29 @@ _fan_in = nnx.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 def param(init: Init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
     """A float32 parameter of `shape` whose dimensions are named `axes` (None: never sharded)."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def mesh_split(size: int, *axes: str) -> tuple[str, ...] | None:
+    """`axes`, where the mesh of `jax.set_mesh` has them and they split a dimension of `size` evenly; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = all(axis in mesh.axis_names for axis in axes) and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return axes if ours and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': of the mesh of `jax.set_mesh`, which may be of chips that are not there; else jax's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device is not None else None) or jax.default_backend()
+
+
+def split_rows(x: Array) -> Array:
+    """Holds the rows (first axis) of an activation split over the mesh of `jax.set_mesh`; without one, x as it is.
+
+    Left alone, the compiler may gather the rows and split the width instead, since the weights are split by width
+    over 'fsdp': every device would then attend over the whole batch.
+    """
+    rows = mesh_split(x.shape[0], *ROWS)
+    return x if rows is None else jax.lax.with_sharding_constraint(x, P(rows))
 
 
 class Linear(nnx.Module):
@@ -171,7 +198,7 @@ def scan_layers(
 
     def body(carry, slices):
         layer_params, extra = slices
-        return apply(nnx.merge(graphdef, layer_params), carry, extra), None
+        return apply(nnx.merge(graphdef, layer_params), split_rows(carry), extra), None
 
     if remat != 'none':
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)

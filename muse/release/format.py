@@ -2,10 +2,11 @@
 
     config.json                 {'format': 1, 'parts': {part: {config, sha256, storage, parameters, ...}}}
     <part>.safetensors          for the parts 'tokenizer', 'text_encoder' and 'base'; dotted tensor names
+                                and, where the release draws large pictures, 'superres' and 'superres_tokenizer'
     spiece.model                the vocabulary of the text encoder
 
-The base transformer names the tokenizer and the text encoder it was trained on by hash: with another tokenizer its
-token ids mean other pictures, so such a folder is refused. Files are written beside their place and then moved.
+A transformer names the tokenizers and the text encoder it was trained on by hash: with another tokenizer its token ids
+mean other pictures, so such a folder is refused. Files are written beside their place and then moved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,27 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from muse.config import DecodeConfig, T5Config, TransformerConfig, VQConfig, read, to_dict
+from muse.config import (
+    DecodeConfig,
+    PublicVQConfig,
+    SuperresConfig,
+    T5Config,
+    TransformerConfig,
+    VQConfig,
+    read,
+    to_dict,
+)
 from muse.errors import UserError
 from muse.release.storage import SCALE, Storage, content_hash, pack, unpack
 
 FORMAT = 1
 VOCABULARY = 'spiece.model'
-CONFIGS: dict[str, type[VQConfig] | type[T5Config] | type[TransformerConfig]] = {
+CONFIGS: dict[str, type[VQConfig] | type[T5Config] | type[TransformerConfig] | type[SuperresConfig]] = {
     'tokenizer': VQConfig,
     'text_encoder': T5Config,
     'base': TransformerConfig,
+    'superres': SuperresConfig,
+    'superres_tokenizer': VQConfig,
 }
 _OWN_KEYS = ('config', 'sha256', 'storage', 'parameters')
 
@@ -50,16 +62,24 @@ class Part:
     hash: str
     extra: dict[str, Any]
 
+    @property
+    def ids_hash(self) -> str:
+        """Hash of the tokenizer whose ids this one reads and writes: its own, unless only its decoder was trained."""
+        return self.extra.get('ids_sha256', self.hash)
+
 
 @dataclass(frozen=True)
 class Release:
-    """A whole, consistent release."""
+    """A whole, consistent release. The parts of the super-res are None where it draws at the base's size alone."""
 
     tokenizer: Part
     text_encoder: Part
     base: Part
     decode: DecodeConfig
     vocabulary: Path
+    superres: Part | None = None
+    superres_tokenizer: Part | None = None
+    superres_decode: DecodeConfig | None = None
 
     @property
     def name(self) -> str:
@@ -74,12 +94,22 @@ def shipped() -> Path:
 
 def graphdef_and_template(part: str, config: Any) -> tuple[nnx.GraphDef, nnx.State]:
     """The model class of `part` split into its graph and a state of shapes; allocates nothing."""
+    from muse.models.public_vqgan import PublicVQGAN
+    from muse.models.superres import Superres
     from muse.models.t5 import T5Encoder
     from muse.models.transformer import Transformer
     from muse.models.vqgan import VQGAN
 
-    model_class = {'tokenizer': VQGAN, 'text_encoder': T5Encoder, 'base': Transformer}[part]
-    return nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(params=0))), nnx.Param)
+    models = {'tokenizer': VQGAN, 'text_encoder': T5Encoder, 'base': Transformer, 'superres': Superres}
+    model_class = PublicVQGAN if isinstance(config, PublicVQConfig) else models[part.removeprefix('superres_')]
+    return nnx.split(nnx.eval_shape(lambda: model_class(config, rngs=_OneKey())), nnx.Param)
+
+
+class _OneKey(nnx.Rngs):
+    """Keys for a model of which only shapes are wanted: counting them would take most of the time of a start."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def save_part(
@@ -95,11 +125,12 @@ def save_part(
 
     Args:
         folder: the release folder; made when missing.
-        part: 'tokenizer', 'text_encoder' or 'base'.
-        config: the part's dataclass (VQConfig, T5Config, TransformerConfig).
+        part: a key of `CONFIGS`.
+        config: the part's dataclass.
         params: float32 parameters of the model of that config.
         storage: type of the large tensors on disk.
-        extra: JSON-ready notes. The base needs 'tokenizer_sha256', 'text_encoder_sha256' and 'decode'.
+        extra: JSON-ready notes. A transformer needs 'decode' and '<part>_sha256' of the frozen parts under
+            it: 'tokenizer', 'text_encoder', and the super-res 'superres_tokenizer' too.
 
     Returns:
         The part's hash.
@@ -174,7 +205,8 @@ def _read_config(folder: Path, part: str) -> tuple[Any, dict[str, Any]]:
     if not isinstance(entry, dict) or not isinstance(entry.get('config'), dict) or 'sha256' not in entry:
         raise UserError(f"'{folder / 'config.json'}' has no whole entry for '{part}': export that part into the folder")
     try:
-        return read(CONFIGS[part], entry['config']), entry
+        public = part.endswith('tokenizer') and entry['config'].get('kind') == 'public'
+        return read(PublicVQConfig if public else CONFIGS[part], entry['config']), entry
     except UserError as error:
         raise UserError(f"'{folder / 'config.json'}', part '{part}': {error}") from None
 
@@ -187,6 +219,11 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         reason = _first_line(error)
         raise UserError(f"weights file '{path}' is truncated or corrupted ({reason}): copy the release again") from None
+
+
+def has_part(folder: str | Path, part: str) -> bool:
+    """Whether a release names a part. Raises UserError when the folder is no release."""
+    return part in _read_index(Path(folder))['parts']
 
 
 def load_part(folder: str | Path, part: str) -> Part:
@@ -219,6 +256,11 @@ def load_part(folder: str | Path, part: str) -> Part:
     return Part(config, params, found, {key: value for key, value in entry.items() if key not in _OWN_KEYS})
 
 
+def load_superres_tokenizer(folder: str | Path) -> Part:
+    """The tokenizer of the high-res tokens: a release's part 'superres_tokenizer', or a training's 'tokenizer'."""
+    return load_part(folder, 'superres_tokenizer' if has_part(folder, 'superres_tokenizer') else 'tokenizer')
+
+
 def _check_tensors(path: Path, packed: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
     way_out = 'the file is of another config; copy the release again'
     for name, shape in shapes.items():
@@ -237,19 +279,14 @@ def load_release(folder: str | Path) -> Release:
     """Reads a whole release and checks that its parts belong together.
 
     Raises:
-        UserError: as `load_part`; a missing vocabulary; a base trained on another tokenizer or text encoder.
+        UserError: as `load_part`; a missing vocabulary; a base or super-res trained on another tokenizer or text
+            encoder.
     """
     folder = Path(folder)
     base = load_part(folder, 'base')
     parts = {part: load_part(folder, part) for part in ('tokenizer', 'text_encoder')}
-    for part, loaded in parts.items():
-        wanted = base.extra.get(f'{part}_sha256')
-        if wanted != loaded.hash:
-            raise UserError(
-                f"'{folder}': the base was trained on {part} {str(wanted)[:12]}, the folder holds {loaded.hash[:12]}: "
-                f'put the {part} it was trained on into the folder'
-            )
-    decode = _read_decode(folder, base.extra.get('decode') or {})
+    _check_hashes(folder, 'base', base, parts)
+    decode = _read_decode(folder, 'base', base)
     _check_shapes(folder, base.config, parts['tokenizer'].config, parts['text_encoder'].config)
     vocabulary = folder / VOCABULARY
     if not vocabulary.is_file():
@@ -257,7 +294,37 @@ def load_release(folder: str | Path) -> Release:
     wanted = parts['text_encoder'].extra.get('vocabulary_sha256')
     if wanted is not None and file_hash(vocabulary) != wanted:
         raise UserError(f"vocabulary '{vocabulary}' is not the one the text encoder learned: copy the release again")
-    return Release(parts['tokenizer'], parts['text_encoder'], base, decode, vocabulary)
+    release = Release(parts['tokenizer'], parts['text_encoder'], base, decode, vocabulary)
+    return _with_superres(folder, release) if has_part(folder, 'superres') else release
+
+
+def _with_superres(folder: Path, release: Release) -> Release:
+    superres, tokenizer = load_part(folder, 'superres'), load_part(folder, 'superres_tokenizer')
+    below = {'tokenizer': release.tokenizer, 'superres_tokenizer': tokenizer, 'text_encoder': release.text_encoder}
+    _check_hashes(folder, 'superres', superres, below)
+    config = superres.config
+    for what, theirs, needed in (
+        ('codebook_size', tokenizer.config.codebook_size, config.codebook_size),
+        ('low_codebook_size', release.tokenizer.config.codebook_size, config.low_codebook_size),
+        ('low_grid', release.base.config.grid, config.low_grid),
+        ('text_width', release.text_encoder.config.width, config.text_width),
+        ('text_length', release.base.config.text_length, config.text_length),
+    ):
+        if theirs != needed:
+            raise UserError(f"'{folder}': the superres has {what} {needed}, its parts have {theirs}: export them again")
+    decode = _read_decode(folder, 'superres', superres)
+    return replace(release, superres=superres, superres_tokenizer=tokenizer, superres_decode=decode)
+
+
+def _check_hashes(folder: Path, name: str, model: Part, below: Mapping[str, Part]) -> None:
+    """Checks that a transformer was trained on the frozen parts beside it."""
+    for part, loaded in below.items():
+        wanted = model.extra.get(f'{part}_sha256')
+        if wanted != loaded.ids_hash:
+            raise UserError(
+                f"'{folder}': the {name} was trained on {part} {str(wanted)[:12]}, the folder holds "
+                f'{loaded.ids_hash[:12]}: put the {part} it was trained on into the folder'
+            )
 
 
 def file_hash(path: Path) -> str:
@@ -265,8 +332,8 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _read_decode(folder: Path, values: Any) -> DecodeConfig:
-    where = f"'{folder / 'config.json'}', part 'base'"
+def _read_decode(folder: Path, name: str, model: Part) -> DecodeConfig:
+    where, values = f"'{folder / 'config.json'}', part '{name}'", model.extra.get('decode') or {}
     if not isinstance(values, dict):
         raise UserError(f"{where}: 'decode' must be a group of keys, not {values!r}")
     try:

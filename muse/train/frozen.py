@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from muse.config import BaseRun, DataConfig, DecodeConfig
+from muse import drawing
+from muse.config import BaseRun, DecodeConfig, SuperresRun
+from muse.data.precomputed import Meta, read_meta
 from muse.errors import UserError
 from muse.mesh import shardings
 from muse.models.vqgan import to_float
-from muse.pipeline import draw
-from muse.release.format import VOCABULARY, Part, graphdef_and_template, load_part, shipped
+from muse.release.format import Part, graphdef_and_template, load_part, shipped
+from muse.release.text_encoder import load_text_encoder
 from muse.text.tokenizer import Tokenizer
 from muse.train.task import Batch
 
@@ -72,17 +73,55 @@ def place(part: Part, name: str, mesh: Mesh) -> Net:
     """Puts a part's parameters onto the mesh, split like trained ones."""
     graphdef, _ = graphdef_and_template(name, part.config)
     params = jax.device_put(part.params, shardings(part.params, mesh))
-    return Net(graphdef=graphdef, params=params, config=part.config, hash=part.hash)
+    return Net(graphdef=graphdef, params=params, config=part.config, hash=part.ids_hash)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The frozen text encoder of a run; `encoder` and `encode` are None when all data are precomputed."""
+
+    encoder: Net | None
+    hash: str
+    encode: CaptionEncoder | None
+
+    def states(self, batch: Batch) -> Float[Array, 'B S D']:
+        """Text states of a batch of text ids."""
+        assert self.encoder is not None
+        return encode_captions(self.encoder.graphdef, self.encoder.params, batch['ids'], batch['len'])
+
+
+def load_text(run: BaseRun | SuperresRun, mesh: Mesh, hashes: set[str]) -> Text:
+    """Loads the text encoder where a source needs it, and checks that all sources have the same.
+
+    Args:
+        run: names the sources and the encoder's folder.
+        mesh: where its weights go.
+        hashes: of the encoders that made the precomputed sources.
+    """
+    encoder, encode, hashes = None, None, set(hashes)
+    if any(data.kind != 'precomputed' for data in (run.data, run.eval_data)):
+        folder = run.text_encoder or str(shipped())
+        loaded = load_text_encoder(folder, mesh=mesh)
+        part = loaded.part
+        if part.config.width != run.model.text_width:
+            raise UserError(
+                f"the text encoder '{folder}' is {part.config.width} wide, model.text_width is {run.model.text_width}: "
+                f'set it to {part.config.width}'
+            )
+        encoder = place(part, 'text_encoder', mesh)
+        encode = CaptionEncoder(str(loaded.vocabulary), run.model.text_length)
+        hashes.add(part.hash)
+    if len(hashes) > 1:
+        raise UserError('data and eval_data were made with two text encoders: run tools/precompute.py again')
+    return Text(encoder=encoder, hash=hashes.pop(), encode=encode)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """What a base run needs of its frozen nets. `text_encoder` is None when all data are precomputed."""
+    """What a base run needs of its frozen nets."""
 
     tokenizer: Net
-    text_encoder: Net | None
-    text_encoder_hash: str
-    encode_text: Callable[[str], tuple[np.ndarray, int]] | None
+    text: Text
     decode: DecodeConfig
     grid: tuple[int, int]
 
@@ -90,49 +129,52 @@ class Frozen:
     def tokenizer_hash(self) -> str:
         return self.tokenizer.hash
 
+    @property
+    def text_encoder_hash(self) -> str:
+        return self.text.hash
+
     def encode(self, batch: Batch, sharding: NamedSharding | None = None) -> Batch:
         """{'img', 'ids', 'len'} → {'tok', 'txt', 'len'}; a batch that holds tokens already passes."""
         if 'tok' in batch:
             return {name: batch[name] for name in ('tok', 'txt', 'len')}
-        assert self.text_encoder is not None
-        net, text = self.tokenizer, self.text_encoder
-        tok_BT = encode_pictures(net.graphdef, net.params, batch['img'])
-        txt_BSD = encode_captions(text.graphdef, text.params, batch['ids'], batch['len'])
+        tok_BT = encode_pictures(self.tokenizer.graphdef, self.tokenizer.params, batch['img'])
+        txt_BSD = self.text.states(batch)
         if sharding is not None:
             tok_BT, txt_BSD = jax.device_put((tok_BT, txt_BSD), sharding)
         return {'tok': tok_BT, 'txt': txt_BSD, 'len': batch['len']}
 
     def draw(self, graphdef: Any, params: nnx.State, batch: Batch, key: Key[Array, ''], pictures: int) -> Array:
         """Pictures for the first captions of a batch, uint8 `[N, H, W, 3]`, replicated over the mesh."""
-        net, config = self.tokenizer, self.decode
         txt_BSD, len_B = batch['txt'][:pictures], batch['len'][:pictures]
-        canvas_BT = jnp.zeros((txt_BSD.shape[0], self.grid[0] * self.grid[1]), jnp.int32)
-        return draw(
+        rows, tokens = len(len_B), self.grid[0] * self.grid[1]
+        tok_BT = drawing.fill_base(
             params,
-            net.params,
-            jnp.stack([txt_BSD, txt_BSD]),
-            jnp.stack([len_B, jnp.zeros_like(len_B)]),
-            canvas_BT,
-            canvas_BT > 0,
-            jnp.arange(txt_BSD.shape[0]),
-            jax.random.randint(key, (), 0, 2**31 - 1),
-            jnp.float32(config.guidance_scale),
-            jnp.float32(config.temperature),
-            graphs=(graphdef, net.graphdef),
-            steps=config.steps,
-            defaults=config,
+            jnp.zeros((rows, tokens), jnp.int32),
+            jnp.zeros((rows, tokens), bool),
+            drawing.sheet_batch(self.decode, txt_BSD, len_B, jax.random.randint(key, (), 0, 2**31 - 1)),
+            graph=graphdef,
+            grid=self.grid,
+            program=drawing.program_of(self.decode),
+        )[-1]
+        return drawing.decode_pixels(
+            self.tokenizer.params, tok_BT.reshape(rows, *self.grid), graph=self.tokenizer.graphdef
         )
 
 
-def _check_tokenizer(run: BaseRun, tokenizer: Part) -> None:
-    model, config = run.model, tokenizer.config
-    if config.codebook_size != model.codebook_size:
+def check_codes(folder: str, tokenizer: Part, key: str, codes: int) -> None:
+    """Raises UserError when a tokenizer's codebook is not of the size that the model's setting `key` says."""
+    if tokenizer.config.codebook_size != codes:
         raise UserError(
-            f"the tokenizer '{run.tokenizer}' has {config.codebook_size} codes, model.codebook_size is "
-            f'{model.codebook_size}: set it to {config.codebook_size}'
+            f"the tokenizer '{folder}' has {tokenizer.config.codebook_size} codes, model.{key} is {codes}: "
+            f'set it to {tokenizer.config.codebook_size}'
         )
+
+
+def check_sizes(run: BaseRun | SuperresRun, tokenizer: Part) -> None:
+    """Raises UserError when the sources' pictures do not make the model's grid, or their texts not its length."""
+    model = run.model
     for name, data in (('data', run.data), ('eval_data', run.eval_data)):
-        side = data.image_size // config.factor
+        side = data.image_size // tokenizer.config.factor
         if data.kind != 'precomputed' and model.grid != (side, side):
             raise UserError(
                 f'model.grid is {model.grid}, {name}.image_size {data.image_size} makes {side}x{side} tokens: '
@@ -144,21 +186,23 @@ def _check_tokenizer(run: BaseRun, tokenizer: Part) -> None:
             )
 
 
-def _check_precomputed(run: BaseRun, name: str, data: DataConfig, tokenizer: Part) -> str:
-    """Checks a folder of precomputed tokens; returns the hash of the text encoder that made them."""
-    from muse.data.precomputed import read_meta
+def check_precomputed(run: BaseRun | SuperresRun, name: str, path: str, folder: str, tokenizer: Part) -> Meta:
+    """Checks that the precomputed tokens under `path` are `tokenizer`'s (of `folder`) and fit the model.
 
-    meta, model = read_meta(Path(data.path)), run.model
-    if meta.tokenizer_hash != tokenizer.hash:
+    Raises:
+        UserError: no such tokens, made with another tokenizer, or of another shape.
+    """
+    meta, model = read_meta(Path(path)), run.model
+    if meta.tokenizer_hash != tokenizer.ids_hash:
         raise UserError(
-            f"{name}: '{data.path}' was made with tokenizer {meta.tokenizer_hash[:12]}, '{run.tokenizer}' is "
-            f'{tokenizer.hash[:12]}: run tools/precompute.py again'
+            f"{name}: '{path}' was made with tokenizer {meta.tokenizer_hash[:12]}, '{folder}' is "
+            f'{tokenizer.ids_hash[:12]}: run tools/precompute.py again'
         )
     found = {'grid': tuple(meta.grid), 'text_width': meta.text_width}
     for key, wanted in (('grid', model.grid), ('text_width', model.text_width)):
         if found[key] != wanted:
-            raise UserError(f"{name}: '{data.path}' has {key} {found[key]}, model.{key} is {wanted}: make them equal")
-    return meta.text_encoder_hash
+            raise UserError(f"{name}: '{path}' has {key} {found[key]}, model.{key} is {wanted}: make them equal")
+    return meta
 
 
 def load_frozen(run: BaseRun, mesh: Mesh) -> Frozen:
@@ -168,28 +212,13 @@ def load_frozen(run: BaseRun, mesh: Mesh) -> Frozen:
         UserError: a missing part, tokens of another tokenizer, or a shape that does not fit the model.
     """
     tokenizer = load_part(run.tokenizer, 'tokenizer')
-    _check_tokenizer(run, tokenizer)
+    check_codes(run.tokenizer, tokenizer, 'codebook_size', run.model.codebook_size)
+    check_sizes(run, tokenizer)
     named = (('data', run.data), ('eval_data', run.eval_data))
-    hashes = {_check_precomputed(run, n, d, tokenizer) for n, d in named if d.kind == 'precomputed'}
-    text_encoder, encode_text = None, None
-    if any(data.kind != 'precomputed' for _, data in named):
-        folder = Path(run.text_encoder) if run.text_encoder else shipped()
-        part = load_part(folder, 'text_encoder')
-        if part.config.width != run.model.text_width:
-            raise UserError(
-                f"the text encoder '{folder}' is {part.config.width} wide, model.text_width is {run.model.text_width}: "
-                f'set it to {part.config.width}'
-            )
-        text_encoder = place(part, 'text_encoder', mesh)
-        encode_text = CaptionEncoder(str(folder / VOCABULARY), run.model.text_length)
-        hashes.add(part.hash)
-    if len(hashes) > 1:
-        raise UserError('data and eval_data were made with two text encoders: run tools/precompute.py again')
+    metas = [check_precomputed(run, n, d.path, run.tokenizer, tokenizer) for n, d in named if d.kind == 'precomputed']
     return Frozen(
         tokenizer=place(tokenizer, 'tokenizer', mesh),
-        text_encoder=text_encoder,
-        text_encoder_hash=hashes.pop(),
-        encode_text=encode_text,
+        text=load_text(run, mesh, {meta.text_encoder_hash for meta in metas}),
         decode=run.decode,
         grid=run.model.grid,
     )

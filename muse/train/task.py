@@ -1,6 +1,6 @@
 """What the training loop needs to know of a model: a handful of functions.
 
-`muse.train.tokenizer` and `muse.train.base` each make one `Task`; `muse.train.loop` runs any of them. A new kind of
+`muse.train.tokenizer`, `base` and `superres` each make one `Task`; `muse.train.loop` runs any of them. A new kind of
 training is a new module that makes a `Task`, not a branch in the loop.
 """
 

@@ -14,7 +14,7 @@ from toys import CODES, SIDE, toy_batch, toy_run, with_model, with_train
 from muse.config import MaskedLossConfig, MeshConfig, OptimConfig
 from muse.mesh import make_mesh, replicated, shard_batch, shardings
 from muse.models.transformer import Transformer
-from muse.train import base
+from muse.train import base, masked
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
@@ -73,15 +73,15 @@ def test_micro_batches_equal_the_full_batch(reference):
 
 def test_masks_do_not_depend_on_the_batch_size():
     run, key = toy_run(), jax.random.key(3)
-    big = base.corrupt(run, jax.tree.map(jnp.asarray, toy_batch(0, 16)), key)
-    small = base.corrupt(run, jax.tree.map(lambda x: jnp.asarray(x[:5]), toy_batch(0, 16)), key)
+    big = masked.corrupt(run, jax.tree.map(jnp.asarray, toy_batch(0, 16)), key)
+    small = masked.corrupt(run, jax.tree.map(lambda x: jnp.asarray(x[:5]), toy_batch(0, 16)), key)
     np.testing.assert_array_equal(big['mask'][:5], small['mask'])
     np.testing.assert_array_equal(big['len'][:5], small['len'])
 
 
 def test_text_is_dropped_for_the_configured_share():
     run = toy_run(loss=MaskedLossConfig(text_dropout=0.1))
-    lengths = base.corrupt(run, jax.tree.map(jnp.asarray, toy_batch(0, 4000)), jax.random.key(0))['len']
+    lengths = masked.corrupt(run, jax.tree.map(jnp.asarray, toy_batch(0, 4000)), jax.random.key(0))['len']
     assert 0.08 < np.mean(np.asarray(lengths) == 0) < 0.12, 'text must be dropped for 10 %, not kept for 10 %'
 
 
