@@ -13,6 +13,7 @@ from flax import nnx
 
 from muse.config import read_run, to_dict
 from muse.errors import UserError
+from muse.models.superres import Superres
 from muse.models.transformer import Transformer
 from muse.models.vqgan import VQGAN
 from muse.train.command_line import complete
@@ -20,7 +21,18 @@ from muse.train.command_line import complete
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'
 NAMES = sorted(str(path.relative_to(ROOT / 'configs'))[:-3] for path in (ROOT / 'configs').rglob('*.py'))
-PARAMETERS = {'paper/base_3b': 3.2e9, 'paper/base_632m': 0.632e9, 'emoji/base': 11.6e6}
+PARAMETERS = {
+    'paper/base_3b': 3.2e9,
+    'paper/base_632m': 0.632e9,
+    'paper/superres_770m': 0.768e9,
+    'paper/superres_268m': 0.298e9,
+    'emoji/base': 11.6e6,
+    'paper/tokenizer_f16': 57.8e6,
+    'paper/tokenizer_f8': 51.9e6,
+    'paper/decoder_finetune': 222.0e6,
+    'emoji/tokenizer_f16': 5.87e6,
+    'emoji/tokenizer_f8': 5.71e6,
+}
 
 
 def config(name):
@@ -48,7 +60,7 @@ def test_no_golden_is_left_over():
 @pytest.mark.parametrize('name', NAMES)
 def test_the_model_builds_without_memory(name):
     run = read_run(config(name))
-    model_class = VQGAN if run.task == 'tokenizer' else Transformer
+    model_class = {'base': Transformer, 'superres': Superres}.get(run.task, VQGAN)
     shapes = nnx.eval_shape(lambda: model_class(run.model, rngs=nnx.Rngs(params=0)))
     count = sum(x.size for x in jax.tree.leaves(nnx.split(shapes, nnx.Param)[1]))
     assert count == pytest.approx(PARAMETERS.get(name, count), rel=0.05)
@@ -61,6 +73,17 @@ def test_base_and_tokenizer_of_a_recipe_fit():
         assert base.model.grid == (side, side)
         assert base.model.codebook_size == tokenizer.model.codebook_size
         assert base.data.text_length == base.model.text_length == tokenizer.data.text_length
+
+
+def test_the_super_res_of_a_recipe_fits_its_tokenizers():
+    low, high = read_run(config('tiny/tokenizer')), read_run(config('tiny/superres_tokenizer'))
+    superres, base = read_run(config('tiny/superres')), read_run(config('tiny/base'))
+    side = high.data.image_size // high.model.factor
+    assert superres.model.grid == (side, side) and superres.model.low_grid == base.model.grid
+    assert superres.model.codebook_size == high.model.codebook_size
+    assert superres.model.low_codebook_size == low.model.codebook_size
+    assert superres.data.text_length == superres.model.text_length == base.model.text_length
+    assert (superres.tokenizer, superres.text_encoder) == (base.tokenizer, base.text_encoder)
 
 
 def test_a_wrong_key_names_the_nearest():

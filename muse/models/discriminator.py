@@ -61,3 +61,15 @@ def r1_penalty(score: Callable[[Array], Array], real_BHWC: Float[Array, 'B H W 3
     logits_Bhw, pull = jax.vjp(score, real_BHWC)
     (grad_BHWC,) = pull(jnp.ones_like(logits_Bhw))
     return 0.5 * jnp.sum(jnp.square(grad_BHWC.astype(jnp.float32))) / logits_Bhw.size
+
+
+def lecam_penalty(real: Float[Array, 'B h w'], fake: Float[Array, 'B h w'], means: Float[Array, 2]) -> Float[Array, '']:
+    """LeCam regularisation: squares of how far logits of one side run beyond the average of the other.
+
+    Args:
+        real: logits of real pictures.
+        fake: logits of reconstructions.
+        means: averages over earlier steps of the logits of real pictures and of reconstructions.
+    """
+    beyond = jnp.square(jax.nn.relu(real - means[1])), jnp.square(jax.nn.relu(means[0] - fake))
+    return jnp.mean(beyond[0]) + jnp.mean(beyond[1])

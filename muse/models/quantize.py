@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _DISTANCE_BYTES = 64 * 2**20
+_ENTROPY_BYTES = 16 * 2**20  # several arrays of this size live at once, more so backwards
 _ENTROPY_TEMPERATURE = 0.01
 
 
@@ -71,27 +72,71 @@ def codebook_loss(latents: Float[Array, '... C'], codes: Float[Array, '... C']) 
 
 
 def entropy_loss(
-    latents_NC: Float[Array, 'N C'], codebook_VC: Float[Array, 'V C'], *, max_bytes: int = _DISTANCE_BYTES
+    latents_NC: Float[Array, 'N C'],
+    codebook_VC: Float[Array, 'V C'],
+    *,
+    temperature: float = _ENTROPY_TEMPERATURE,
+    max_bytes: int = _ENTROPY_BYTES,
 ) -> Float[Array, '']:
     """Entropy of each token's soft assignment less the entropy of their mean: sure choices, evenly spread codes.
 
-    Softmax over negative squared distances at temperature 0.01, in chunks of tokens that the backward pass computes
-    again.
+    Softmax over negative squared distances, in chunks of tokens that the backward pass computes again.
     """
-    tokens, codes = latents_NC.shape[0], codebook_VC.shape[0]
-    chunks = next(n for n in range(1, tokens + 1) if tokens % n == 0 and (tokens // n) * codes * 4 <= max_bytes)
+    codes = codebook_VC.shape[0]
     norms_V = jnp.sum(jnp.square(codebook_VC), axis=-1)
 
     @jax.checkpoint
-    def add(total, latents_nC):
-        logits_nV = (2.0 * latents_nC @ codebook_VC.T - norms_V) / _ENTROPY_TEMPERATURE
+    def add(total: tuple[Array, Array], latents_nC: Array) -> tuple[tuple[Array, Array], None]:
+        logits_nV = (2.0 * latents_nC @ codebook_VC.T - norms_V) / temperature
         log_nV = jax.nn.log_softmax(logits_nV)
         return (total[0] + jnp.sum(jnp.exp(log_nV), axis=0), total[1] - jnp.sum(jnp.exp(log_nV) * log_nV)), None
 
     first = (jnp.zeros((codes,)), jnp.zeros(()))
-    (mass_V, entropy), _ = jax.lax.scan(add, first, latents_NC.reshape(chunks, tokens // chunks, -1))
-    mean_V = mass_V / tokens
-    return entropy / tokens + jnp.sum(mean_V * jnp.log(mean_V + 1e-9))
+    (mass_V, entropy), _ = jax.lax.scan(add, first, _token_chunks(latents_NC, codes * 4, max_bytes))
+    return (entropy - _mean_entropy(mass_V, latents_NC.shape[0])) / latents_NC.shape[0]
+
+
+def bits_entropy_loss(latents_NC: Float[Array, 'N C'], *, max_bytes: int = _ENTROPY_BYTES) -> Float[Array, '']:
+    """`entropy_loss` at temperature 1 against all 2^C codes of coordinates -1 and 1, without ever comparing with them.
+
+    Given a token its bits are independent: its entropy is a sum over bits, and its shares of the codes are an outer
+    product of those of the first bits and of the last. Summed over tokens that is one matrix product.
+    """
+    half = latents_NC.shape[1] // 2
+    sizes = (2**half, 2 ** (latents_NC.shape[1] - half))
+
+    def shares(log_no: Array, log_yes: Array) -> Array:
+        p_nv = jnp.ones((log_no.shape[0], 1))
+        for bit in range(log_no.shape[1]):
+            no_n1, yes_n1 = (jnp.exp(log[:, bit : bit + 1]) for log in (log_no, log_yes))
+            p_nv = jnp.concatenate([p_nv * no_n1, p_nv * yes_n1], axis=1)
+        return p_nv
+
+    @jax.checkpoint
+    def add(total: tuple[Array, Array], latents_nC: Array) -> tuple[tuple[Array, Array], None]:
+        # Softmax over the two codes of a bit: (z + 1)² - (z - 1)² = 4z.
+        no_nC, yes_nC = jax.nn.log_sigmoid(-4.0 * latents_nC), jax.nn.log_sigmoid(4.0 * latents_nC)
+        entropy = -jnp.sum(jnp.exp(no_nC) * no_nC + jnp.exp(yes_nC) * yes_nC)
+        first, last = (shares(no_nC[:, part], yes_nC[:, part]) for part in (slice(None, half), slice(half, None)))
+        return (total[0] + jnp.matmul(first.T, last, precision='highest'), total[1] + entropy), None
+
+    start = (jnp.zeros(sizes), jnp.zeros(()))
+    (mass_uv, entropy), _ = jax.lax.scan(add, start, _token_chunks(latents_NC, 4 * sum(sizes), max_bytes))
+    return (entropy - _mean_entropy(mass_uv, latents_NC.shape[0])) / latents_NC.shape[0]
+
+
+def _mean_entropy(mass: Float[Array, '*codes'], tokens: int) -> Float[Array, '']:
+    """`tokens` times the entropy of the tokens' mean assignment, given their sum."""
+    mean = mass / tokens
+    return -tokens * jnp.sum(mean * jnp.log(mean + 1e-9))
+
+
+def _token_chunks(latents_NC: Float[Array, 'N C'], token_bytes: int, max_bytes: int) -> Float[Array, 'k n C']:
+    """Tokens in chunks of at most `max_bytes`. Chunk i takes rows i, i + k …: devices keep the rows that they hold."""
+    tokens, width = latents_NC.shape
+    divisors = (n for n in range(1, tokens + 1) if tokens % n == 0)
+    chunks = next((n for n in divisors if tokens // n * token_bytes <= max_bytes), tokens)
+    return latents_NC.reshape(tokens // chunks, chunks, width).swapaxes(0, 1)
 
 
 def counts(ids: Int[Array, '*tokens'], codes: int) -> Float[Array, ' V']:

@@ -7,6 +7,7 @@ The decoder may be larger than the encoder (appendix A.2). A linear 1x1 convolut
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from muse.config import VQConfig
 from muse.errors import UserError
 from muse.models import quantize
+from muse.models.quantizers import make_quantizer
 from muse.nn.layers import param
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
@@ -50,6 +52,72 @@ class Conv(nnx.Module):
         return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, 'SAME', dimension_numbers=_DIMENSIONS) + bias
 
 
+class UpConv(Conv):
+    """A 3x3 convolution of the picture doubled by nearest neighbour."""
+
+    def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B h w c']:
+        return _up_convolve(x_BHWC, self.kernel[...]) + self.bias[...].astype(x_BHWC.dtype)
+
+
+def _convolve_doubled(x_BHWC: Array, kernel: Array) -> Array:
+    kernel = kernel.astype(x_BHWC.dtype)
+    return jax.lax.conv_general_dilated(_double(x_BHWC), kernel, (1, 1), 'SAME', dimension_numbers=_DIMENSIONS)
+
+
+def _strided_kernel(kernel: Array) -> Array:
+    """The 4x4 kernel, in and out exchanged, of the stride-2 convolution whose transpose doubles and convolves.
+
+    Doubling is a 2x2 box over a picture with zeros between its pixels; the box and the 3x3 kernel make one of 4x4.
+    """
+    padded = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
+    # Taps are turned round by stacking: XLA knows a transposed convolution on GPUs by a reversal of its own.
+    rows = jnp.stack([padded[3 - i] + padded[4 - i] for i in range(4)])
+    return jnp.stack([rows[:, 3 - i] + rows[:, 4 - i] for i in range(4)], axis=1).swapaxes(2, 3)
+
+
+def _shrink(y_BHWC: Array, strided: Array) -> Array:
+    padding = ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(y_BHWC, strided, (2, 2), padding, dimension_numbers=_DIMENSIONS)
+
+
+def _convolve_doubled_merged(x_BHWC: Array, kernel: Array) -> Array:
+    """`_convolve_doubled` as one transposed convolution: 4 of 9 products, and the doubled picture is never written."""
+    batch, height, width, _ = x_BHWC.shape
+    doubled = jnp.zeros((batch, 2 * height, 2 * width, kernel.shape[-1]), x_BHWC.dtype)
+    strided = _strided_kernel(kernel).astype(x_BHWC.dtype)
+    return jax.vjp(lambda y_BHWC: _shrink(y_BHWC, strided), doubled)[1](x_BHWC)[0]
+
+
+def _convolve_doubled_merged_backward(x_BHWC: Array, kernel: Array, grad_BHWC: Array) -> tuple[Array, Array]:
+    """Gradients as those of the stride-2 convolution, in the forms that GPUs have kernels for."""
+    strided, pull_kernel = jax.vjp(lambda kernel: _strided_kernel(kernel).astype(x_BHWC.dtype), kernel)
+    dx_BHWC, pull = jax.vjp(_shrink, grad_BHWC, strided)
+    return dx_BHWC, pull_kernel(pull(x_BHWC)[1])[0]
+
+
+def _convolve_doubled_backward(x_BHWC: Array, kernel: Array, grad_BHWC: Array) -> tuple[Array, Array]:
+    return jax.vjp(_convolve_doubled, x_BHWC, kernel)[1](grad_BHWC)
+
+
+@jax.custom_vjp
+def _up_convolve(x_BHWC: Array, kernel: Array) -> Array:
+    # On a CPU zeros between pixels are multiplied like any other number: there the picture is doubled first.
+    return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_convolve_doubled, default=_convolve_doubled_merged)
+
+
+def _up_convolve_forward(x_BHWC, kernel):
+    return _up_convolve(x_BHWC, kernel), (x_BHWC, kernel)
+
+
+def _up_convolve_backward(residuals, grad_BHWC):
+    """Of the platform's own form. JAX's rule for a choice of forms would keep what the backward pass of each needs."""
+    forms = {'cpu': _convolve_doubled_backward, 'default': _convolve_doubled_merged_backward}
+    return jax.lax.platform_dependent(*residuals, grad_BHWC, **forms)
+
+
+_up_convolve.defvjp(_up_convolve_forward, _up_convolve_backward)
+
+
 class GroupNorm(nnx.Module):
     """Norm over the picture and a group of channels, statistics in float32.
 
@@ -63,17 +131,75 @@ class GroupNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
-        batch, height, width, channels = x_BHWC.shape
-        x32 = x_BHWC.astype(jnp.float32)
-        # Both moments in one reading of the picture; per channel first, since groups are only a few channels.
-        moments_2BC = jnp.stack([jnp.mean(x32, axis=(1, 2)), jnp.mean(jnp.square(x32), axis=(1, 2))])
-        moments_2BG = jnp.mean(moments_2BC.reshape(2, batch, self.groups, channels // self.groups), axis=-1)
-        variance_BG = jnp.maximum(moments_2BG[1] - jnp.square(moments_2BG[0]), 0.0)
-        inverse_BC = jnp.repeat(jax.lax.rsqrt(variance_BG + self.epsilon), channels // self.groups, axis=-1)
-        mean_BC = jnp.repeat(moments_2BG[0], channels // self.groups, axis=-1)
-        gain_BC = inverse_BC * self.scale[...]
-        offset_BC = self.bias[...] - mean_BC * gain_BC
-        return (x32 * gain_BC[:, None, None] + offset_BC[:, None, None]).astype(x_BHWC.dtype)
+        mean_BC, inverse_BC = _moments(x_BHWC, self.groups, self.epsilon)
+        return _affine(x_BHWC, mean_BC, inverse_BC, self.scale[...], self.bias[...]).astype(x_BHWC.dtype)
+
+    def swish(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
+        """swish(norm(x)), with a backward pass that keeps nothing of the picture's size but x."""
+        return _norm_swish(x_BHWC, self.scale[...], self.bias[...], self.groups, self.epsilon)
+
+
+def _moments(x_BHWC: Array, groups: int, epsilon: float) -> tuple[Array, Array]:
+    """Mean and inverse deviation of each channel's group, both `[B, C]` float32."""
+    batch, channels = x_BHWC.shape[0], x_BHWC.shape[-1]
+    x32 = x_BHWC.astype(jnp.float32)
+    # Both moments in one reading of the picture; per channel first, since groups are only a few channels.
+    moments_2BC = jnp.stack([jnp.mean(x32, axis=(1, 2)), jnp.mean(jnp.square(x32), axis=(1, 2))])
+    moments_2BG = jnp.mean(moments_2BC.reshape(2, batch, groups, channels // groups), axis=-1)
+    variance_BG = jnp.maximum(moments_2BG[1] - jnp.square(moments_2BG[0]), 0.0)
+    inverse_BC = jnp.repeat(jax.lax.rsqrt(variance_BG + epsilon), channels // groups, axis=-1)
+    return jnp.repeat(moments_2BG[0], channels // groups, axis=-1), inverse_BC
+
+
+def _affine(x_BHWC: Array, mean_BC: Array, inverse_BC: Array, scale_C: Array, bias_C: Array) -> Array:
+    """The normalised picture, scaled and shifted, float32."""
+    gain_BC = inverse_BC * scale_C
+    offset_BC = bias_C - mean_BC * gain_BC
+    return x_BHWC.astype(jnp.float32) * gain_BC[:, None, None] + offset_BC[:, None, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _norm_swish(x_BHWC: Array, scale_C: Array, bias_C: Array, groups: int, epsilon: float) -> Array:
+    return _norm_swish_forward(x_BHWC, scale_C, bias_C, groups, epsilon)[0]
+
+
+def _norm_swish_forward(x_BHWC, scale_C, bias_C, groups, epsilon):
+    mean_BC, inverse_BC = _moments(x_BHWC, groups, epsilon)
+    y_BHWC = jax.nn.silu(_affine(x_BHWC, mean_BC, inverse_BC, scale_C, bias_C)).astype(x_BHWC.dtype)
+    return y_BHWC, (x_BHWC, mean_BC, inverse_BC, scale_C, bias_C)
+
+
+def _norm_swish_backward(groups, epsilon, residuals, grad_BHWC):
+    """Two readings of the picture and of its gradient: one for sums over them, one to write the result."""
+    del epsilon
+    x_BHWC, mean_BC, inverse_BC, scale_C, bias_C = residuals
+    batch, height, width, channels = x_BHWC.shape
+
+    def inner() -> Array:
+        """Gradient at the input of the swish."""
+        u_BHWC = _affine(x_BHWC, mean_BC, inverse_BC, scale_C, bias_C)
+        share_BHWC = jax.nn.sigmoid(u_BHWC)
+        return grad_BHWC.astype(jnp.float32) * share_BHWC * (1.0 + u_BHWC * (1.0 - share_BHWC))
+
+    du_BHWC, x32 = inner(), x_BHWC.astype(jnp.float32)
+    sum_BC = jnp.sum(du_BHWC, axis=(1, 2))
+    dot_BC = (jnp.sum(du_BHWC * x32, axis=(1, 2)) - mean_BC * sum_BC) * inverse_BC  # with the normalised picture
+
+    def group_mean(x_BC: Array) -> Array:
+        size = channels // groups
+        mean_BG = jnp.mean(x_BC.reshape(batch, groups, size), axis=-1) / (height * width)
+        return jnp.repeat(mean_BG, size, axis=-1)
+
+    # d/dx of the norm: scale·inverse·du less its part along 1 and along the normalised picture.
+    along_BC = group_mean(dot_BC * scale_C) * inverse_BC
+    gain_BC = scale_C * inverse_BC
+    slope_BC = -along_BC * inverse_BC
+    offset_BC = -inverse_BC * group_mean(sum_BC * scale_C) - slope_BC * mean_BC
+    dx_BHWC = du_BHWC * gain_BC[:, None, None] + x32 * slope_BC[:, None, None] + offset_BC[:, None, None]
+    return dx_BHWC.astype(x_BHWC.dtype), jnp.sum(dot_BC, axis=0), jnp.sum(sum_BC, axis=0)
+
+
+_norm_swish.defvjp(_norm_swish_forward, _norm_swish_backward)
 
 
 class ResBlock(nnx.Module):
@@ -87,8 +213,8 @@ class ResBlock(nnx.Module):
         self.shortcut = Conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
 
     def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H W c']:
-        y_BHWC = self.conv1(jax.nn.silu(self.norm1(x_BHWC)))
-        y_BHWC = self.conv2(jax.nn.silu(self.norm2(y_BHWC)))
+        y_BHWC = self.conv1(self.norm1.swish(x_BHWC))
+        y_BHWC = self.conv2(self.norm2.swish(y_BHWC))
         return y_BHWC + (x_BHWC if self.shortcut is None else self.shortcut(x_BHWC))
 
 
@@ -114,7 +240,7 @@ class Encoder(nnx.Module):
             x_BHWC = _run(blocks, x_BHWC)
             if level < len(self.downs):
                 x_BHWC = self.downs[level](x_BHWC)
-        return self.conv_out(jax.nn.silu(self.norm_out(_run(self.middle, x_BHWC))))
+        return self.conv_out(self.norm_out.swish(_run(self.middle, x_BHWC)))
 
 
 class Decoder(nnx.Module):
@@ -128,7 +254,7 @@ class Decoder(nnx.Module):
         self.middle = _blocks(width, width, depth, rngs)
         for level, mult in enumerate(reversed(config.channel_mult)):
             if level > 0:
-                ups.append(Conv(width, width, rngs=rngs))
+                ups.append(UpConv(width, width, rngs=rngs))
             levels.append(_blocks(width, channels * mult, depth, rngs))
             width = channels * mult
         self.levels, self.ups = nnx.List(levels), nnx.List(ups)
@@ -139,9 +265,9 @@ class Decoder(nnx.Module):
         x_BHWC = _run(self.middle, self.conv_in(x_BhwC))
         for level, blocks in enumerate(self.levels):
             if level > 0:
-                x_BHWC = self.ups[level - 1](_double(x_BHWC))
+                x_BHWC = self.ups[level - 1](x_BHWC)
             x_BHWC = _run(blocks, x_BHWC)
-        return self.conv_out(jax.nn.silu(self.norm_out(x_BHWC)))
+        return self.conv_out(self.norm_out.swish(x_BHWC))
 
 
 class Reconstruction(NamedTuple):
@@ -149,7 +275,7 @@ class Reconstruction(NamedTuple):
 
     img_BHWC: Float[Array, 'B H W 3']  # float32, not clipped
     ids_Bhw: Int[Array, 'B h w']
-    latents_BhwC: Float[Array, 'B h w C']  # float32; of unit length when config.l2_normalize
+    latents_BhwC: Float[Array, 'B h w C']  # float32, as they are compared with the codes
     quantised_BhwC: Float[Array, 'B h w C']  # the codes in value, the latents in gradient: what was decoded
 
 
@@ -158,16 +284,19 @@ class VQGAN(nnx.Module):
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.quantizer = make_quantizer(config)
         self.encoder = Encoder(config, rngs=rngs)
-        self.codebook = param(nnx.initializers.normal(1.0), rngs, (config.codebook_size, config.code_dim), (None, None))
+        shape = (config.codebook_size, config.code_dim)
+        learned = self.quantizer.learned
+        self.codebook = param(nnx.initializers.normal(1.0), rngs, shape, (None, None)) if learned else None
         self.decoder = Decoder(config, rngs=rngs)
 
     def codes(self) -> Float[Array, 'V C']:
-        """The codebook as it is compared and decoded: of unit length when config.l2_normalize. float32."""
-        return quantize.unit(self.codebook[...]) if self.config.l2_normalize else self.codebook[...]
+        """The codebook as it is compared and decoded, float32; of unit length when config.l2_normalize."""
+        return self.quantizer.codes(None if self.codebook is None else self.codebook[...])
 
     def latents(self, img_BHWC: Float[Array, 'B H W 3']) -> Float[Array, 'B h w C']:
-        """Encoder outputs before quantisation, float32.
+        """Encoder outputs in the space of the codes, before quantisation, float32.
 
         Raises:
             UserError: the picture's sides are not multiples of the downsampling factor.
@@ -179,12 +308,12 @@ class VQGAN(nnx.Module):
                 f'resize or crop both sides to multiples of {factor}'
             )
         z_BhwC = self.encoder(img_BHWC.astype(self.config.dtype)).astype(jnp.float32)
-        return quantize.unit(z_BhwC) if self.config.l2_normalize else z_BhwC
+        return self.quantizer.project(z_BhwC)
 
     def lookup(self, latents_BhwC: Float[Array, 'B h w C']) -> Int[Array, 'B h w']:
         """Ids of the codes nearest to latents."""
         flat_NC = latents_BhwC.reshape(-1, latents_BhwC.shape[-1])
-        ids_N = quantize.nearest(*jax.lax.stop_gradient((flat_NC, self.codes())))
+        ids_N = self.quantizer.ids(*jax.lax.stop_gradient((flat_NC, self.codes())))
         return ids_N.reshape(latents_BhwC.shape[:-1])
 
     def encode(self, img_BHWC: Float[Array, 'B H W 3']) -> Int[Array, 'B h w']:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Key
 
-from muse.config import BaseRun, DataConfig, Run, TrainConfig
+from muse.config import BaseRun, DataConfig, DecoderRun, Run, SuperresRun, TrainConfig
 from muse.errors import UserError
 from muse.mesh import check_batch, make_mesh, replicated, shard_batch, shardings
 from muse.train.checkpoint import Checkpoints
@@ -26,7 +26,7 @@ from muse.train.metrics import Writer
 from muse.train.task import Batch, State, Task
 from muse.train.workdir import check_workdir, claim_workdir
 
-_ARRAYS = ('img', 'ids', 'len', 'tok', 'txt')  # what of a batch goes to the devices; captions and indices stay
+_ARRAYS = ('img', 'ids', 'len', 'tok', 'low', 'txt')  # what of a batch goes to the devices; captions and indices stay
 
 
 def run(config: Run, workdir: str | Path) -> State:
@@ -47,7 +47,7 @@ def run(config: Run, workdir: str | Path) -> State:
     init_key, step_key, eval_key = jax.random.split(jax.random.key(train.seed), 3)
     with jax.set_mesh(mesh):
         task = make_task(config, mesh)
-        abstract = _abstract_state(task, init_key, mesh)
+        abstract = abstract_state(task.init, init_key, mesh)
     _check_data(config)
     claim_workdir(workdir, config, abstract)
     with jax.set_mesh(mesh), _checkpoints(config, workdir) as checkpoints:
@@ -95,6 +95,14 @@ def make_task(config: Run, mesh: Mesh) -> Task:
         from muse.train.base import base_task
 
         return base_task(config, mesh)
+    if isinstance(config, SuperresRun):
+        from muse.train.superres import superres_task
+
+        return superres_task(config, mesh)
+    if isinstance(config, DecoderRun):
+        from muse.train.decoder import decoder_task
+
+        return decoder_task(config, mesh)
     from muse.train.tokenizer import tokenizer_task
 
     return tokenizer_task(config, mesh)
@@ -112,7 +120,7 @@ def _train(
 ) -> State:
     train, (step_key, eval_key) = config.train, keys
     batches = _batches(config.data, config, task, start)
-    step_fn = _jit_step(task, state, mesh)
+    step_fn = jit_step(task.step, state, mesh)
     examiner = _Examiner(config, task, mesh, eval_key)
     window = _Window(writer, train.batch_size)
     for step in range(start, train.steps + 1):
@@ -233,11 +241,18 @@ class _Examiner:
             writer.pictures(step, np.asarray(jax.device_get(img_BHWC)))
 
 
-def _jit_step(task: Task, state: State, mesh: Mesh) -> Any:
+def jit_step(step_of: Callable[..., Any], state: State, mesh: Mesh) -> Any:
+    """The jitted step of a `Task`, (state, batch, key) → (state, metrics): the state is donated and stays where it is.
+
+    Args:
+        step_of: `Task.step`.
+        state: arrays, or shapes with shardings.
+        mesh: where they are.
+    """
     layout = jax.tree.map(lambda x: x.sharding, state)
 
     def step(state: State, batch: Batch, key: Key[Array, '']):
-        return task.step(state, batch, jax.random.fold_in(key, state['step']))
+        return step_of(state, batch, jax.random.fold_in(key, state['step']))
 
     # A batch is placed already; beside its rows it may hold a frozen net, which is replicated.
     layouts_in, layouts_out = (layout, None, None), (layout, replicated(mesh))
@@ -265,9 +280,9 @@ def _place(host_batch: Batch, task: Task, mesh: Mesh) -> Batch:
     return task.prepare(batch) if task.prepare else batch
 
 
-def _abstract_state(task: Task, key: Key[Array, ''], mesh: Mesh) -> State:
-    """The state as shapes with shardings; nothing is allocated."""
-    shapes = jax.eval_shape(task.init, key)
+def abstract_state(init: Callable[..., State], key: Any, mesh: Mesh | AbstractMesh) -> State:
+    """The state that `Task.init` makes, as shapes with shardings; nothing is allocated."""
+    shapes = jax.eval_shape(init, key)
     layout = shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def use_toys(patch):
 
     patch.setattr(loop, '_batches', batches)
     patch.setattr(loop, '_check_data', lambda config: None)  # the made-up batches have no source
-    patch.setattr(frozen, '_check_precomputed', lambda *_: 'of the text')
+    patch.setattr(frozen, 'check_precomputed', lambda *_: SimpleNamespace(text_encoder_hash='of the text'))
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,11 @@ from muse.config import DataConfig, MeshConfig, OptimConfig, TokenizerRun, Train
 from muse.errors import UserError
 from muse.mesh import make_mesh, shard_batch, shardings
 from muse.models import quantize
+from muse.models.discriminator import lecam_penalty
 from muse.models.vqgan import VQGAN, to_float
 from muse.release.format import load_part
-from muse.train.tokenizer import PERCEPTUAL, _losses, make_nets, tokenizer_task
+from muse.train import adversary
+from muse.train.tokenizer import PERCEPTUAL, _quantizer_terms, gradients, make_nets, tokenizer_task
 
 KEY = jax.random.key(0)
 # The critic starts at step 2 and is held back by R1 on every second step.
@@ -163,7 +165,8 @@ def test_commitment_weight_is_on_the_commitment_term():
     real_BHWC = to_float(jnp.asarray(batch['img']))
 
     def total(params):
-        return _losses(run.loss, nnx.merge(graphdef, params), batch[PERCEPTUAL], real_BHWC)[0]
+        model: VQGAN = nnx.merge(graphdef, params)
+        return _quantizer_terms(run.loss, model, model(real_BHWC))[0]
 
     def alone(params):
         model: VQGAN = nnx.merge(graphdef, params)
@@ -208,13 +211,85 @@ def test_bf16_is_finite_and_learns():
 
 
 @pytest.mark.slow
-def test_micro_batches_give_the_same_step():
-    """Adam divides by tiny second moments at first: compared are the gradients' norm and the losses."""
-    whole, parts = (train(toy_run(PLAYS, train={'accumulate': n}), 1, begin=2) for n in (1, 2))
-    assert whole[1][0]['r1'] > 0
-    for name, value in whole[1][0].items():
-        assert parts[1][0][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
-    np.testing.assert_array_equal(parts[0]['idle_steps'], whole[0]['idle_steps'])
+def test_micro_batches_give_the_same_gradients():
+    """Every leaf of both nets' gradients, R1 and LeCam included, and the losses, counts and latents."""
+    found = []
+    for accumulate in (1, 4):
+        run = toy_run(PLAYS | {'lecam': 0.1, 'entropy': 0.0}, train={'accumulate': accumulate})
+        nets, state = make_nets(run), initial() | {'step': jnp.array(2), 'logit_means': jnp.array([0.1, -0.1])}
+        img, net = to_float(jnp.asarray(shapes_batch(0)['img'])), compiled(run)[0].prepare({})[PERCEPTUAL]
+        of = jit(lambda state, img, run=run, nets=nets, net=net: gradients(run, nets, state, net, img, jnp.array(True)))
+        found.append(of(state, img))
+    (whole, latents), (parts, part_latents) = found
+    assert float(whole.metrics['r1']) > 0
+    for name in ('tokenizer', 'critic', 'metrics'):
+        for one, other in zip(leaves(getattr(whole, name)), leaves(getattr(parts, name)), strict=True):
+            np.testing.assert_allclose(other, one, rtol=2e-3, atol=1e-5 * max(1.0, np.abs(one).max()))
+    np.testing.assert_array_equal(whole.counts_V, 4 * parts.counts_V)
+    in_turns = part_latents.reshape(4, 2, -1).swapaxes(0, 1)  # micro-batch i holds pictures i and i + 4
+    np.testing.assert_allclose(in_turns.reshape(latents.shape), latents, atol=1e-5)
+
+
+def test_lecam_penalty_by_hand():
+    """Real logits beyond the average of made ones (0.5) and made ones below that of real ones (1.0), squared."""
+    real, fake = jnp.array([[[2.0, -1.0]]]), jnp.array([[[0.0, 3.0]]])
+    found = lecam_penalty(real, fake, jnp.array([1.0, 0.5]))
+    assert float(found) == pytest.approx((1.5**2 + 0) / 2 + (1.0**2 + 0) / 2)
+
+
+@pytest.mark.slow
+def test_lecam_follows_the_logits_and_holds_them_back():
+    """The averages move by a hundredth of the step's mean logits; the penalty is in the critic's gradient alone."""
+    state, history = train(toy_run(PLAYS | {'r1': 0.0, 'lecam': 5.0}), 1, begin=2)
+    expected = [0.01 * history[0][f'logit_{side}'] for side in ('real', 'fake')]
+    np.testing.assert_allclose(state['logit_means'], expected, rtol=1e-4)
+    assert history[0]['r1'] == 0
+    without, _ = train(toy_run(PLAYS | {'r1': 0.0}), 1, begin=2)
+    assert not equal(state['disc'], without['disc']) and equal(state['params'], without['params'])
+
+
+def test_adaptive_weight_by_hand():
+    """Gradients that stand in for the last layer's: 0.1 · |(3, 4)| / |(0, 2)|, and bounded for a silent critic."""
+    config = VQLossConfig(adversarial=0.1, adversarial_adaptive=True)
+    others, own = jnp.array([3.0, 4.0]).reshape(1, 1, 2, 1), jnp.array([0.0, 2.0]).reshape(1, 1, 2, 1)
+    pad = [(0, 0), (0, 0), (0, 0), (0, 2)]
+    found = adversary.Judgement(jnp.zeros(()), jnp.pad(others, pad), jnp.pad(own, pad), {})
+    assert float(adversary.adversarial_weight(config, found, lambda g: g)) == pytest.approx(0.25, rel=1e-5)
+    silent = found._replace(adversarial_BHWC=jnp.zeros_like(found.grad_BHWC))
+    assert float(adversary.adversarial_weight(config, silent, lambda g: g)) == pytest.approx(1e3)
+
+
+@pytest.mark.slow
+def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
+    """Against whole backward passes: the tokenizer's gradient is the others' plus the weighed adversarial one."""
+    runs = [toy_run(PLAYS | change) for change in ({}, {'adversarial': 1e-8}, {'adversarial_adaptive': True})]
+    grads, img = [], to_float(jnp.asarray(shapes_batch(0)['img']))
+    for run in runs:
+        nets, net = make_nets(run), compiled(run)[0].prepare({})[PERCEPTUAL]
+        of = jit(lambda state, img, run=run, nets=nets, net=net: gradients(run, nets, state, net, img, jnp.array(True)))
+        grads.append(of(initial(), img)[0].tokenizer)
+    last = [np.asarray(g['decoder']['conv_out']['kernel'][...]) for g in grads]
+    own = (last[0] - last[1]) / 0.1
+    weight = 0.1 * np.linalg.norm(last[1]) / np.linalg.norm(own)
+    assert abs(weight / 0.1 - 1) > 0.1  # it does change something
+    for fixed, others, adaptive in zip(*map(leaves, grads), strict=True):
+        wanted = others + weight * (fixed - others) / 0.1
+        np.testing.assert_allclose(adaptive, wanted, atol=5e-3 * (np.abs(wanted).max() + 1e-6))
+
+
+@pytest.mark.parametrize('kind', [pytest.param('fsq', marks=pytest.mark.slow), 'lfq'])
+def test_the_other_quantizers_train(kind):
+    model = {'quantizer': kind, 'l2_normalize': False, 'code_dim': 3 if kind == 'fsq' else 6}
+    model |= {'levels': (4, 4, 4)} if kind == 'fsq' else {}
+    run = toy_run({'entropy': 0.1 if kind == 'lfq' else 0.0}, model)
+    task, step, _ = compiled(run)
+    state, history = jit(task.init)(KEY), []
+    for i in range(25):
+        state, metrics = step(state, task.prepare(shapes_batch(i)), jax.random.fold_in(KEY, i))
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert 'codebook' not in state['params'] and history[-1]['l1'] < 0.85 * history[0]['l1']
+    assert history[-1]['codebook_usage'] > 0.2
+    assert ('commitment' in history[0]) == (kind == 'lfq')
 
 
 def test_eight_devices_give_the_same_step():
@@ -223,6 +298,8 @@ def test_eight_devices_give_the_same_step():
     task = tokenizer_task(run, mesh)
     with jax.set_mesh(mesh):
         layout = shardings(jax.eval_shape(task.init, KEY), mesh)
+        split = ['fsdp' in sharding.spec for sharding in jax.tree.leaves(layout['params'])]
+        assert sum(split) > 8  # kernels; norms and biases are whole everywhere
         state = jax.device_put(initial() | {'step': jnp.array(2)}, layout)
         batch = task.prepare(shard_batch(mesh, shapes_batch(0)))
         _, metrics = jit(task.step, in_shardings=(layout, None, None))(state, batch, jax.random.fold_in(KEY, 0))

@@ -1,0 +1,175 @@
+"""One case of tools/bench_tokenizer.py: compiles a training step, says so, waits for a line, then times the step.
+
+Runs under the tree that PYTHONPATH names, which may be an older one of this project: it uses only what all have.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+import json
+import re
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from muse.config import read_run, to_dict
+from muse.models import vqgan
+from muse.train import tokenizer
+
+TINY = {'channels': 8, 'channel_mult': (1, 1, 2), 'num_res_blocks': 1, 'codebook_size': 64, 'code_dim': 8}
+
+
+def _doubled() -> None:
+    vqgan._convolve_doubled_merged = vqgan._convolve_doubled
+    vqgan._convolve_doubled_merged_backward = vqgan._convolve_doubled_backward
+
+
+def _plain_norm() -> None:
+    vqgan.GroupNorm.swish = lambda self, x_BHWC: jax.nn.silu(self(x_BHWC))
+
+
+def _remat() -> None:
+    from flax import nnx
+
+    call = vqgan.ResBlock.__call__
+
+    def again(self: Any, x_BHWC: Any) -> Any:
+        graphdef, params = nnx.split(self, nnx.Param)
+        return jax.checkpoint(lambda params, x_BHWC: call(nnx.merge(graphdef, params), x_BHWC))(params, x_BHWC)
+
+    vqgan.ResBlock.__call__ = again
+
+
+def _float32_perceptual() -> None:
+    load = tokenizer.load_net
+    tokenizer.load_net = lambda *args: load(*args).astype('float32')
+
+
+PATCHES = {'doubled': _doubled, 'plain_norm': _plain_norm, 'remat': _remat, 'float32_perceptual': _float32_perceptual}
+
+
+def make_run(setting: dict[str, Any]) -> tuple[Any, int]:
+    """The run of the config with the setting's changes, and the side of its pictures."""
+    values = runpy.run_path(setting['config'])['get_config']().to_dict()
+    values['loss'] |= setting['loss'] | {'adversarial_start_step': 0}
+    values['train']['batch_size'] = setting['batch']
+    if setting['tiny']:
+        values['model'] |= TINY
+        values['loss'] |= {'perceptual_net': '', 'discriminator_channels': 4}
+        values['data']['image_size'] = 16
+    run = read_run(values)
+    return run, run.data.image_size
+
+
+def _events(planes: list[Any]) -> Iterator[tuple[str, float]]:
+    """Operations a device ran, by name, and nanoseconds. A kernel of a CUDA graph has no operation: its own name."""
+    devices = [plane for plane in planes if plane.name.startswith('/device:')]
+    for plane in devices or planes:
+        lines = list(plane.lines)
+        for line in [line for line in lines if line.name.startswith('Stream')] or lines:
+            for event in line.events:
+                name = dict(event.stats).get('hlo_op') or (event.name if devices else None)
+                if name:
+                    yield str(name), event.duration_ns
+
+
+def _largest(spent: Mapping[str, float], top: int) -> list[tuple[str, float]]:
+    return sorted(spent.items(), key=lambda item: -item[1])[:top]
+
+
+def profiled(step: Any, state: Any, batch: Any, key: Any, text: str, top: int) -> tuple[Any, list[dict[str, Any]]]:
+    """Costliest operations of two steps: milliseconds a step, share, and where in the model each comes from."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(2):
+                state, metrics = step(state, batch, key)
+            jax.block_until_ready(metrics)
+        (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
+        data = jax.profiler.ProfileData.from_file(path)
+        spent: collections.defaultdict[str, float] = collections.defaultdict(float)
+        for name, duration_ns in _events(list(data.planes)):
+            spent[name] += duration_ns / 2e6
+    where = dict(re.findall(r'%?([\w.-]+) = ([^\n]*)', text))
+    total, rows = sum(spent.values()), []
+    kinds: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for name, ms in spent.items():
+        kinds[re.sub(r'[._]?\d+$', '', name)] += ms
+    for name, ms in _largest(kinds, top):
+        rows.append({'kind': name, 'ms': round(ms, 3), 'share': round(ms / total, 4)})
+    for name, ms in _largest(spent, top):
+        line = where.get(name, '')
+        source = re.search(r'op_name="([^"]*)"', line)
+        about = {'shape': line.split(' ')[0][:90], 'from': source.group(1)[-110:] if source else ''}
+        rows.append({'op': name, 'ms': round(ms, 3), 'share': round(ms / total, 4), **about})
+    return state, rows
+
+
+def _filled(abstract: Any) -> Any:
+    """A state of small positive numbers."""
+    rng = np.random.default_rng(0)
+
+    def fill(x: Any) -> Any:
+        value = np.abs(rng.normal(0, 0.02, x.shape)) if x.ndim > 1 else np.ones(x.shape)
+        return jnp.asarray(value, x.dtype)
+
+    return jax.tree.map(fill, abstract)
+
+
+def main(setting: dict[str, Any]) -> None:
+    """Compiles, waits, measures, prints."""
+    for name in setting['patches']:
+        PATCHES[name]()
+    run, side = make_run(setting)
+    task = tokenizer.tokenizer_task(run)
+    assert task.prepare is not None
+    rows = np.random.default_rng(0).integers(0, 256, (setting['batch'], side, side, 3), np.uint8)
+    batch, key = task.prepare({'img': jnp.asarray(rows)}), jax.random.key(0)
+    abstract = jax.eval_shape(task.init, key)
+    begun = time.perf_counter()
+    step = jax.jit(task.step, donate_argnums=0).lower(abstract, batch, key).compile()
+    print(json.dumps({'compile_s': (compile_s := round(time.perf_counter() - begun, 1))}), flush=True)
+    sys.stdin.readline()
+    # Any weights do; the initialisers would have to be compiled.
+    state = _filled(abstract)
+    state, metrics = step(state, batch, key)
+    jax.block_until_ready(metrics)
+    state['step'] = state['step'] * 0 + 1
+    times = []
+    for _ in range(setting['steps']):
+        begun = time.perf_counter()
+        state, metrics = step(state, batch, key)
+        jax.block_until_ready((state, metrics))
+        times.append((time.perf_counter() - begun) * 1e3)
+    memory: Any = step.memory_analysis()
+    stats = jax.devices()[0].memory_stats()
+    found = {
+        'side': side,
+        'ms': round(statistics.mean(times), 3),  # the mean, since R1 comes in some steps only
+        'ms_median': round(statistics.median(times), 3),
+        'ms_max': round(max(times), 3),
+        'steps': len(times),
+        'compile_s': compile_s,
+        'temporaries_gib': round(memory.temp_size_in_bytes / 2**30, 3),
+        'peak_gib': round(stats['peak_bytes_in_use'] / 2**30, 3) if stats else None,
+        'loss_value': float(metrics['loss']),
+        'model': to_dict(run.model),
+        'loss': dataclasses.asdict(run.loss),
+        'profile': [],
+    }
+    if setting['top']:
+        _, found['profile'] = profiled(step, state, batch, key, str(step.as_text()), setting['top'])
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == '__main__':
+    main(json.loads(sys.argv[1]))
