@@ -8,7 +8,7 @@ VENV ?= .venv
 OUT ?= out
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-LINTED := muse tests tools configs $(wildcard *.py)
+LINTED := muse tests tools configs examples $(wildcard *.py)
 TEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 
 # One cell a line: Python, jax, flax.

@@ -29,8 +29,10 @@ class VQConfig:
     num_res_blocks: int = 2
     decoder_channels: int | None = None  # None: as the encoder's; 256 for the larger decoder of appendix A.2
     decoder_num_res_blocks: int | None = None  # None: as the encoder's; 4 for the larger decoder
+    quantizer: Literal['vq', 'fsq', 'lfq'] = 'vq'  # learned codes; rounded coordinates; signs of coordinates
     codebook_size: int = 8192
     code_dim: int = 256
+    levels: tuple[int, ...] = ()  # 'fsq' only: steps of each coordinate; their product is codebook_size
     l2_normalize: bool = False  # compare codes on the unit sphere: fewer dead codes at small code_dim
     dtype: Dtype = 'float32'
 
@@ -38,6 +40,32 @@ class VQConfig:
     def factor(self) -> int:
         """Pixels a token covers along one side."""
         return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicVQConfig:
+    """A published VQGAN (taming-transformers, latent diffusion, diffusers' VQModel), as `tools/import_tokenizer.py` reads
+    it. Not the paper's: groups of its norms, attention and the padding of its strides are its own. Levels are listed
+    from full resolution to the coarsest; the defaults are aMUSEd's.
+    """
+
+    kind: Literal['public']
+    level_channels: tuple[int, ...] = (128, 256, 256, 512, 768)
+    num_res_blocks: int = 2  # the decoder has one more a level
+    encoder_attention: tuple[bool, ...] = (False,) * 5  # attention after each block of the level
+    decoder_attention: tuple[bool, ...] = (False,) * 5
+    middle_attention: bool = False
+    latent_dim: int = 64  # between the encoder and the 1x1 convolution into the code space
+    codebook_size: int = 8192
+    code_dim: int = 64
+    norm_groups: int = 32
+    spatial_norm: bool = False  # the decoder's norms are scaled and shifted by the codes (MoVQ)
+    dtype: Dtype = 'float32'
+
+    @property
+    def factor(self) -> int:
+        """Pixels a token covers along one side."""
+        return 2 ** (len(self.level_channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +83,8 @@ class T5Config:
     relative_max_distance: int = 128
     max_length: int = 127  # tokens incl. </s>: null + text is then 128 in the cross-attention
     remat: Literal['none', 'dots', 'full'] = 'none'
+    unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
+    attention: Literal['xla', 'cudnn'] = 'xla'  # splash knows no position bias
     dtype: Dtype = 'float32'
 
 
@@ -77,15 +107,55 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperresConfig:
+    """Super-resolution transformer (§2.4, Table 6): low-res tokens and text → high-res ones. Defaults: Table 6."""
+
+    codebook_size: int = 8192
+    grid: tuple[int, int] = (64, 64)  # high-res token rows and columns trained on; multiples of `block` and `low_grid`
+    low_codebook_size: int = 8192
+    low_grid: tuple[int, int] = (16, 16)
+    block: int = 8  # tokens along a side of a local block (multi-axis attention)
+    width: int = 1024
+    mlp_dim: int = 4096
+    heads: int = 16  # half of them attend within blocks, half across
+    layers: int = 32
+    low_layers: int = 16  # self-attention layers over the low-res tokens; 0: only their embedding is read
+    text_width: int = 4096
+    text_length: int = 127
+    remat: Literal['none', 'dots', 'full'] = 'dots'
+    unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
+    attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
+    dtype: Dtype = 'float32'
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """Parallel decoding (§2.7, §2.8): the defaults a release ships and `sample.py` flags override."""
+    """Parallel decoding (§2.7, §2.8): the defaults a release ships, which every call may override."""
 
     steps: int = 24
     guidance_scale: float = 3.0  # t of §2.7: logits = (1+t)·conditional − t·unconditional; 0 is no guidance
-    guidance_schedule: Literal['constant', 'linear'] = 'linear'  # linear: from 0 at the first step to t at the last
-    temperature: float = 1.0
+    # From 0 at the first step to t at the last, in a line (the paper's) or half a cosine wave; or t throughout.
+    guidance_schedule: Literal['constant', 'linear', 'cosine'] = 'linear'
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # only from here to there: shares of the way, both included
+    temperature: float = 1.0  # at the first step; 0 takes the most likely token
+    final_temperature: float | None = None  # at the last step, in a line from the first; None: as at the first
     choice_temperature: float = 4.5  # Gumbel noise on the confidence, annealed to 0 over the steps (MaskGIT's 4.5)
-    schedule: Literal['cosine', 'linear', 'square'] = 'cosine'
+    top_k: int = 0  # draw among so many of the most likely codes; 0: among all
+    top_p: float = 1.0  # draw among the fewest codes that hold this share of the probability; 1: among all
+    order: Literal['confidence', 'halton', 'random'] = 'confidence'  # which drawn tokens are kept first
+    schedule: Literal['cosine', 'linear', 'square', 'cubic', 'root'] = 'cosine'  # share still masked over the steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeEditConfig:
+    """Mask-free editing (§3.3): again and again a random share of the tokens is drawn anew under the new text."""
+
+    iterations: int = 100
+    share: float = 0.08  # of the tokens, drawn in one iteration
+    guidance_scale: float = 4.0
+    temperature: float = 1.0
+    top_k: int = 3
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +167,16 @@ class VQLossConfig:
     perceptual: float = 0.05
     perceptual_net: str = ''  # folder of converted VGG16-LPIPS weights; '' is a random-feature net (tiny recipe)
     adversarial: float = 0.1
+    adversarial_adaptive: bool = False  # times the ratio of the other losses' gradient to its own at the last layer
     adversarial_start_step: int = 0
     discriminator_channels: int = 64
     r1: float = 1.0  # gradient penalty on real pictures
     r1_every_steps: int = 16
+    lecam: float = 0.0  # pulls the critic's logits towards the averages of the other side: the alternative to R1
     commitment: float = 0.25
     codebook: float = 1.0
-    entropy: float = 0.0
-    revive_after_steps: int = 100  # a code unused for so many steps is moved onto a random encoder output; 0: never
+    entropy: float = 0.0  # sure assignments, evenly spread; what keeps the codes of 'lfq' in use
+    revive_after_steps: int = 100  # 'vq': a code unused so long is moved onto a random encoder output; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,21 +188,30 @@ class MaskedLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperresLossConfig(MaskedLossConfig):
+    """Masked-token training of the super-res (§2.4)."""
+
+    low_corruption: float = 0.2  # each example has a share of 0 to this of its low-res tokens replaced at random
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """One source of training examples.
 
     kind 'scenes': pictures of a TFDS folder made by the emoji builder (or '' for the small sample in the package),
     composed on the fly; 'tfds': any TFDS dataset with an image and a caption; 'folder': pictures with captions.jsonl
-    or captions.csv; 'precomputed': ArrayRecord shards written by tools/precompute.py.
+    or captions.csv; 'webdataset' and 'parquet': as img2dataset writes them; 'precomputed': ArrayRecord shards written
+    by tools/precompute.py.
     """
 
-    kind: Literal['scenes', 'tfds', 'folder', 'precomputed'] = 'scenes'
+    kind: Literal['scenes', 'tfds', 'folder', 'webdataset', 'parquet', 'precomputed'] = 'scenes'
     path: str = ''  # folder; for 'tfds' the data_dir
     name: str = ''  # 'tfds' only: dataset name, e.g. 'coco_captions'
     split: str = 'train'
     image_key: str = 'image'
-    caption_key: str = 'caption'
+    caption_key: str = 'caption'  # '' with 'webdataset' and 'parquet': pictures alone
     image_size: int = 256
+    min_side: int = 0  # pictures of fewer pixels on the shorter side are left out
     max_objects: int = 3  # 'scenes' only
     random_flip: bool = False  # photos only: captions that say left and right forbid it
     workers: int = 0  # grain worker processes; 0 reads in threads of this process
@@ -196,6 +277,24 @@ class TokenizerRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecoderRun:
+    """`train.py` with task 'decoder': a new decoder for a trained tokenizer, whose ids stay what they are (A.2)."""
+
+    task: Literal['decoder'] = 'decoder'
+    model: VQConfig  # the tokenizer's, but for the decoder's own width and depth
+    train: TrainConfig
+    data: DataConfig
+    eval_data: DataConfig
+    tokenizer: str  # folder of the tokenizer: a release, or <workdir>/export
+    loss: VQLossConfig = field(default_factory=VQLossConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000))
+    discriminator_optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000)
+    )
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseRun:
     """`train.py` with task 'base': the masked transformer over a frozen tokenizer and a frozen text encoder."""
 
@@ -212,7 +311,25 @@ class BaseRun:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-Run = TokenizerRun | BaseRun
+@dataclass(frozen=True, kw_only=True)
+class SuperresRun:
+    """`train.py` with task 'superres': high-res tokens from low-res tokens and text, over frozen nets."""
+
+    task: Literal['superres'] = 'superres'
+    model: SuperresConfig
+    train: TrainConfig
+    data: DataConfig
+    eval_data: DataConfig
+    tokenizer: str  # folder of the base's tokenizer, which makes the low-res tokens
+    superres_tokenizer: str  # folder of the tokenizer of the high-res tokens: a release, or <workdir>/export
+    text_encoder: str = ''  # folder holding the text encoder; '' is the shipped one
+    loss: SuperresLossConfig = field(default_factory=SuperresLossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(steps=8))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+Run = TokenizerRun | DecoderRun | BaseRun | SuperresRun
 
 
 def read(cls: type[ConfigT], values: Mapping[str, Any], path: str = '') -> ConfigT:
@@ -269,7 +386,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def read_run(values: Mapping[str, Any]) -> Run:
     """Reads a whole training config; `values['task']` picks the class."""
-    runs: dict[str, type[TokenizerRun] | type[BaseRun]] = {'tokenizer': TokenizerRun, 'base': BaseRun}
+    runs = {'tokenizer': TokenizerRun, 'decoder': DecoderRun, 'base': BaseRun, 'superres': SuperresRun}
     task = values.get('task', '')
     if task not in runs:
         raise UserError(f"config key 'task' is {task!r}{nearest(str(task), runs)}")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from muse.errors import UserError
 
-Schedule = Literal['constant', 'linear']
+Schedule = Literal['constant', 'linear', 'cosine']
 
 
 def guided_logits(
@@ -29,14 +29,28 @@ def cfg_weights(scale_B: Float[Array, ' B']) -> Float[Array, '2 B']:
     return jnp.stack([1.0 + scale_B, -scale_B])
 
 
-def scale_at(scale_B: Float[Array, ' B'], progress: Float[Array, ''], schedule: Schedule) -> Float[Array, ' B']:
-    """The guidance scale t at `progress` in [0, 1]: 0 at the first decoding step, 1 at the last.
+def scale_at(
+    scale_B: Float[Array, ' B'],
+    progress: Float[Array, ''],
+    schedule: Schedule,
+    interval: tuple[float | Array, float | Array] = (0.0, 1.0),
+) -> Float[Array, ' B']:
+    """The guidance scale t at `progress` in [0, 1], which is 0 at the first decoding step and 1 at the last.
 
-    'linear' rises from 0 at the first step to t at the last (§2.7); 'constant' is t throughout.
+    Args:
+        scale_B: t of each row.
+        progress: share of the way.
+        schedule: 'linear' rises from 0 to t (§2.7), 'cosine' does so along half a wave, 'constant' is t throughout.
+        interval: outside of it there is no guidance (Kynkäänniemi et al. 2024); both ends belong to it.
     """
     match schedule:
         case 'constant':
-            return scale_B
+            ramp = jnp.ones_like(progress)
         case 'linear':
-            return scale_B * progress
-    raise UserError(f"guidance schedule is {schedule!r}; choose 'constant' or 'linear'")
+            ramp = progress
+        case 'cosine':
+            ramp = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
+        case _:
+            raise UserError(f"guidance schedule is {schedule!r}; choose 'constant', 'linear' or 'cosine'")
+    within = (interval[0] <= progress) & (progress <= interval[1])
+    return scale_B * jnp.where(within, ramp, 0.0)

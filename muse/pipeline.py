@@ -1,50 +1,35 @@
-"""The public object: prompts in, pictures out (§2.7, §2.8 with §2.2's decoder behind).
+"""The public object: prompts in, pictures out (§2.4, §2.7, §2.8); pictures, masks and prompts in, pictures out (§3.3).
 
-From text states to pixels everything is one jitted program, compiled once for each (batch, steps, guided or not).
-Noise depends on (seed, picture index, step) alone. On a CPU, where batching gains nothing, pictures are drawn one at
-a time through a batch of 1, so that not even the rounding can depend on the batch size.
+Pictures are given as `PIL.Image` of any mode, as uint8 arrays [height, width, 3], or as paths; they come back as
+`PIL.Image` in RGB. Noise depends on (seed, picture index, step) alone: on a CPU a picture's bits do not depend on what
+else is drawn with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
-from muse.config import DecodeConfig
-from muse.decode import decode, row_keys
+from muse import canvas as canvases
+from muse import settings as knobs
+from muse.canvas import Canvas, Grid
+from muse.cascade import Cascade, Drawn, use_compilation_cache, veiled
+from muse.config import DecodeConfig, FreeEditConfig
+from muse.data.pictures import open_picture
+from muse.drawing import traces
 from muse.errors import UserError, warn
-from muse.guidance import cfg_weights, guided_logits, scale_at
-from muse.models.t5 import T5Encoder
-from muse.models.transformer import Transformer
-from muse.models.vqgan import VQGAN, to_float, to_uint8
 from muse.release.format import Release, load_release, shipped
-from muse.text.encode import encode_prompts
-from muse.text.tokenizer import Tokenizer
+from muse.settings import Row, Settings, Superres
 
+__all__ = ['Drawn', 'Muse', 'Picture', 'Row', 'Settings', 'load', 'traces']
 
-@dataclass(frozen=True)
-class Settings:
-    """Checked knobs of one run, as they are written beside the pictures."""
-
-    seed: int
-    steps: int
-    guidance_scale: float
-    temperature: float
-    negative_prompt: str
+Picture = Image.Image | np.ndarray | str | Path
 
 
 def load(path: str | Path | None = None) -> Muse:
@@ -53,35 +38,31 @@ def load(path: str | Path | None = None) -> Muse:
     Raises:
         UserError: a missing, damaged or inconsistent release.
     """
-    _use_compilation_cache()
+    use_compilation_cache()
     return Muse(load_release(path or shipped()))
 
 
 class Muse:
-    """A loaded model. `generate` draws, `inpaint` repaints, `encode` and `decode` are the picture tokenizer's."""
+    """A loaded model: `generate`, `upscale`, `inpaint`, `outpaint`, `edit`, `variation`, `encode`, `decode`."""
 
     def __init__(self, release: Release):
         self.release = release
-        self.on_cpu = jax.default_backend() == 'cpu'
-        self._base, self._tokenizer = release.base.params, release.tokenizer.params
-        self._graphs = (
-            _graph(Transformer, release.base.config, self.on_cpu),
-            _graph(VQGAN, release.tokenizer.config, self.on_cpu),
-        )
-        text_graph = _graph(T5Encoder, release.text_encoder.config, self.on_cpu)
-        self._text_encoder = nnx.merge(text_graph, release.text_encoder.params)
-        self._vocabulary = Tokenizer(release.vocabulary)
+        self.cascade = Cascade(release)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Token rows and columns of a picture."""
+    def grid(self) -> Grid:
+        """Rows and columns of the base's tokens in a picture of `size`."""
         return self.release.base.config.grid
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of a drawn picture in pixels."""
-        factor = self.release.tokenizer.config.factor
-        return self.grid[1] * factor, self.grid[0] * factor
+        """Width and height in pixels of a picture for which no size was asked."""
+        return canvases.native(self.release, self.has_superres).size
+
+    @property
+    def has_superres(self) -> bool:
+        """Whether the release holds the super-resolution model."""
+        return self.release.superres is not None
 
     def generate(
         self,
@@ -93,6 +74,9 @@ class Muse:
         steps: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        size: tuple[int, int] | None = None,
+        decoding: DecodeConfig | None = None,
+        superres: Superres = None,
         batch_size: int = 8,
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of each prompt.
@@ -105,16 +89,22 @@ class Muse:
             steps: decoding steps; None, here and below: the release's default.
             guidance_scale: t of §2.7; 0 is no guidance and twice as fast.
             temperature: of the token sampling; 0 takes the most likely token.
+            size: width and height in pixels; None: `self.size`, which was trained on. Others are drawn less well.
+            decoding: all knobs of the base's decoding; those given by themselves come first.
+            superres: those of the super-res; False: the base alone draws.
             batch_size: pictures at a time on an accelerator. It never changes a picture on a CPU.
 
         Returns:
-            RGB pictures of `self.size`; prompt p's are those from p · num_images on.
+            RGB pictures; prompt p's are those from p · num_images on.
 
         Raises:
-            UserError: a prompt that is no text or over 1 MB, a count below 1, a number out of range.
+            UserError: a prompt that is no text or over 1 MB, a count below 1, a number out of range, a size that the
+                model cannot draw.
         """
-        settings = self.settings(seed, steps, guidance_scale, temperature, negative_prompt)
-        return list(self.stream(prompts, settings, num_images=num_images, batch_size=batch_size))
+        checked = self.settings(
+            seed, steps, guidance_scale, temperature, negative_prompt, size=size, decoding=decoding, superres=superres
+        )
+        return list(self.stream(prompts, checked, num_images=num_images, batch_size=batch_size))
 
     def settings(
         self,
@@ -123,96 +113,122 @@ class Muse:
         guidance_scale: float | None = None,
         temperature: float | None = None,
         negative_prompt: str | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        decoding: DecodeConfig | None = None,
+        superres: Superres = None,
     ) -> Settings:
         """Checks the knobs of `generate` and fills in the release's defaults."""
-        defaults = self.release.decode
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            raise UserError(f'negative_prompt is {negative_prompt!r}; give a text or None')
-        _check_unicode('negative_prompt', negative_prompt or '')
-        settings = Settings(
-            seed=_count('seed', seed, 0, 2**32 - 1),
-            steps=_count('steps', defaults.steps if steps is None else steps, 1, math.prod(self.grid)),
-            guidance_scale=_number('guidance_scale', guidance_scale, defaults.guidance_scale),
-            temperature=_number('temperature', temperature, defaults.temperature),
-            negative_prompt=negative_prompt or '',
+        canvas = self._canvas(size, superres)
+        given = {'steps': steps, 'guidance_scale': guidance_scale, 'temperature': temperature}
+        base = knobs.override(decoding or self.release.decode, **given)
+        checked = Settings(
+            **_fields(knobs.decoding(base, math.prod(canvas.low))),
+            seed=knobs.count('seed', seed, 0, knobs.MAX_SEED),
+            negative_prompt=knobs.text('negative_prompt', negative_prompt or ''),
+            size=canvas.size,
+            superres=self._superres(superres or None, canvas),
         )
-        if settings.negative_prompt.strip() and settings.guidance_scale == 0:
+        if checked.negative_prompt.strip() and checked.guidance_scale == 0 and not checked.superres:
             warn('negative_prompt has no effect at guidance_scale 0')
-        return settings
+        return checked
+
+    def _canvas(self, size: tuple[int, int] | None, superres: Superres) -> Canvas:
+        if superres:
+            self.need_superres()
+        with_superres = self.has_superres and superres is not False
+        if size is None:
+            return canvases.native(self.release, with_superres)
+        return canvases.of_size(self.release, knobs.size(size), with_superres)
+
+    def _superres(self, given: DecodeConfig | None, canvas: Canvas) -> DecodeConfig | None:
+        if canvas.high is None:
+            return None
+        config = given or self.release.superres_decode
+        assert config is not None
+        return knobs.decoding(config, math.prod(canvas.high), 'superres.')
+
+    def need_superres(self) -> None:
+        """Raises UserError where the release holds no super-res."""
+        if not self.has_superres:
+            raise UserError(
+                f'{self.release.name} holds no super-res, so that it draws {self.size[0]}×{self.size[1]} pixels and '
+                'cannot upscale; load a release that holds one'
+            )
 
     def stream(
         self, prompts: str | Sequence[str], settings: Settings, *, num_images: int = 1, batch_size: int = 8
     ) -> Iterator[Image.Image]:
         """As `generate`, one picture after the other; everything is checked before this returns."""
-        prompts = check_prompts(prompts)
-        _count('num_images', num_images, 1)
-        _count('batch_size', batch_size, 1)
-        texts = self._texts([*prompts, settings.negative_prompt])
-        total = len(prompts) * num_images
-        size = 1 if self.on_cpu else min(batch_size, total)
+        texts = knobs.prompts(prompts)
+        knobs.count('num_images', num_images, 1)
+        knobs.count('batch_size', batch_size, 1)
+        rows = [Row(prompt=text, index=p * num_images + i) for p, text in enumerate(texts) for i in range(num_images)]
+        drawn = self.draw(rows, settings, batch_size=min(batch_size, len(rows)))
+        return (each.image for each in drawn)
 
-        def pictures() -> Iterator[Image.Image]:
-            for start in range(0, total, size):
-                index = list(range(start, min(start + size, total)))
-                padded = index + index[-1:] * (size - len(index))
-                conditions = [texts[prompts[i // num_images]] for i in padded]
-                img_BHWC = self.paint(conditions, texts[settings.negative_prompt], padded, settings)
-                yield from (Image.fromarray(img_HWC) for img_HWC in img_BHWC[: len(index)])
-
-        return pictures()
-
-    def paint(
-        self,
-        conditions: Sequence[tuple[Array, int]],
-        negative: tuple[Array, int],
-        index: Sequence[int],
-        settings: Settings,
-        canvas_BT: np.ndarray | None = None,
-        keep_BT: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Draws one batch: uint8 `[B, H, W, 3]`.
+    def draw(self, rows: Sequence[Row], settings: Settings, *, batch_size: int = 8) -> Iterator[Drawn]:
+        """Draws rows that may each have a prompt, seed, guidance scale, temperature and known tokens of its own.
 
         Args:
-            conditions: text states and length of each row, as `text_states` gives them.
-            negative: those of the negative prompt, or of no text.
-            index: each row's picture index, which its noise is made of.
-            settings: the knobs.
-            canvas_BT, keep_BT: token ids and which of them are known; None is an empty canvas.
+            rows: in the order in which the pictures come.
+            settings: what the rows share, and what a row leaves open.
+            batch_size: rows a batch on an accelerator; the last batch is filled up, so that every one has this shape.
+
+        Raises:
+            UserError: a value of a row out of range, or known tokens of another shape; before anything is drawn.
         """
-        branches = [conditions] if settings.guidance_scale == 0 else [conditions, [negative] * len(conditions)]
-        shape = (len(conditions), math.prod(self.grid))
-        return np.asarray(
-            draw(
-                self._base,
-                self._tokenizer,
-                jnp.stack([jnp.stack([txt_SD for txt_SD, _ in rows]) for rows in branches]),
-                np.asarray([[length for _, length in rows] for rows in branches], np.int32),
-                np.zeros(shape, np.int32) if canvas_BT is None else canvas_BT.astype(np.int32),
-                np.zeros(shape, bool) if keep_BT is None else keep_BT,
-                np.asarray(index, np.int32),
-                np.uint32(settings.seed),
-                np.float32(settings.guidance_scale),
-                np.float32(settings.temperature),
-                graphs=self._graphs[:2],
-                steps=settings.steps,
-                defaults=self.release.decode,
-            )
-        )
+        knobs.count('batch_size', batch_size, 1)
+        return self.cascade.draw([knobs.row(each) for each in rows], settings, self.canvas(settings), batch_size)
 
-    def text_states(self, text: str) -> tuple[Array, int]:
-        """Frozen encoder's states `[text_length, D]` of one text and how many of them are real (0: no text)."""
-        return self._texts([text])[text]
+    def frames(self, drawn: Drawn) -> list[Image.Image]:
+        """How a picture came about: after each step, what is still unknown in grey. All in the picture's size.
 
-    def _texts(self, texts: Sequence[str]) -> dict[str, tuple[Array, int]]:
-        """States and length of each distinct text."""
-        distinct, length = list(dict.fromkeys(texts)), self.release.base.config.text_length
-        txt_BSD, len_B = encode_prompts(self._text_encoder, self._vocabulary, distinct, length)
-        return {text: (txt_BSD[i], int(len_B[i])) for i, text in enumerate(distinct)}
+        The base's steps show the picture as the base's tokens give it, those of the super-res the final one.
+        """
+        shown = []
+        low = drawn.image if drawn.high is None else self.cascade.pixels(drawn.low[None])[0].resize(drawn.image.size)
+        for image, steps, tokenizer in (
+            (low, drawn.low_steps, self.release.tokenizer),
+            (drawn.image, drawn.high_steps, self.release.superres_tokenizer),
+        ):
+            if steps is not None and tokenizer is not None:
+                shown += [veiled(image, step_hw >= tokenizer.config.codebook_size) for step_hw in steps]
+        return shown
+
+    def canvas(self, settings: Settings) -> Canvas:
+        """The token grids of a picture drawn under these settings."""
+        return canvases.of_size(self.release, settings.size, settings.superres is not None)
+
+    def upscale(
+        self,
+        image: Picture,
+        prompt: str = '',
+        *,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        superres: DecodeConfig | None = None,
+    ) -> Image.Image:
+        """The picture drawn anew by the super-res, twice as large (with the paper's grids) (§2.4).
+
+        Args:
+            image: of any size up to four times the pixels that the base draws. Shapes come from it, details are drawn.
+            prompt: says what is seen; none is needed.
+            negative_prompt, seed, superres: as for `generate`.
+
+        Raises:
+            UserError: the release holds no super-res; a picture too large.
+        """
+        from muse.editing.whole import upscale
+
+        self.need_superres()
+        settings = self.settings(seed, negative_prompt=negative_prompt, superres=superres)
+        return Image.fromarray(upscale(self, pixels(image), prompt, settings))
 
     def inpaint(
         self,
-        image: Image.Image,
-        mask: Image.Image,
+        image: Picture,
+        mask: Picture,
         prompt: str,
         *,
         negative_prompt: str | None = None,
@@ -220,161 +236,172 @@ class Muse:
         steps: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        decoding: DecodeConfig | None = None,
+        superres: Superres = None,
+        context: float = 2.0,
     ) -> Image.Image:
-        """Repaints where `mask` is white; see `muse.editing.inpaint`."""
-        from muse.editing import inpaint
+        """Paints anew where the mask is white (128 or more), under a prompt (§3.3).
 
-        settings = self.settings(seed, steps, guidance_scale, temperature, negative_prompt)
-        return inpaint(self, image, mask, prompt, settings)
+        Args:
+            image: a picture of any size. A window around the mask is painted at the model's size, and what was
+                painted is brought back to the picture's own.
+            mask: black and white, of the picture's size.
+            prompt: describes the whole window, the new part included.
+            negative_prompt, seed, steps, guidance_scale, temperature, decoding, superres: as for `generate`.
+            context: size of the window over that of the mask; a large number takes the whole picture.
 
-    def encode(self, image: Image.Image) -> np.ndarray:
-        """Token ids `[rows, columns]`, int32, of a picture whose sides are multiples of the tokenizer's factor."""
-        factor = self.release.tokenizer.config.factor
-        if not isinstance(image, Image.Image):
-            raise UserError(f'image is a {type(image).__name__}; give a PIL.Image')
-        if image.width % factor or image.height % factor:
-            raise UserError(f'image is {image.width}×{image.height}; resize it so that {factor} divides both sides')
-        img_HWC = np.asarray(image.convert('RGB'))
-        return np.asarray(_encode_pixels(self._tokenizer, img_HWC[None], graph=self._graphs[1]))[0]
+        Returns:
+            A picture of the size of `image`. Outside the mask its pixels are those of `image`, bit for bit; the
+            feather lies inside.
 
-    def decode(self, tokens: np.ndarray) -> Image.Image:
-        """The picture of token ids `[rows, columns]` (0 … codebook − 1)."""
-        tokens, codes = np.asarray(tokens), self.release.tokenizer.config.codebook_size
+        Raises:
+            UserError: a mask of another size or with transparency, or arguments that are no pictures or no text.
+        """
+        from muse.editing.holes import inpaint
+
+        settings = self.settings(
+            seed, steps, guidance_scale, temperature, negative_prompt, decoding=decoding, superres=superres
+        )
+        return Image.fromarray(inpaint(self, pixels(image), mask, prompt, settings, context))
+
+    def outpaint(
+        self,
+        image: Picture,
+        prompt: str,
+        *,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        decoding: DecodeConfig | None = None,
+        superres: Superres = None,
+    ) -> Image.Image:
+        """Grows a picture by so many pixels on its sides, painted under a prompt (§3.3).
+
+        What is larger than the model's pictures is painted window by window, outward. Other arguments as for `inpaint`.
+
+        Returns:
+            A picture of (left + width + right) × (top + height + bottom) that holds `image` bit for bit.
+        """
+        from muse.editing.holes import outpaint
+
+        settings = self.settings(
+            seed, steps, guidance_scale, temperature, negative_prompt, decoding=decoding, superres=superres
+        )
+        return Image.fromarray(outpaint(self, pixels(image), (left, top, right, bottom), prompt, settings))
+
+    def edit(
+        self,
+        image: Picture,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        free: FreeEditConfig = FreeEditConfig(),  # noqa: B008  frozen
+        superres: Superres = None,
+    ) -> Image.Image:
+        """Changes a picture towards a prompt without a mask (§3.3): see `edit_frames`, of which this is the last."""
+        at = [free.iterations]
+        return self.edit_frames(
+            image, prompt, at, negative_prompt=negative_prompt, seed=seed, free=free, superres=superres
+        )[0]
+
+    def edit_frames(
+        self,
+        image: Picture,
+        prompt: str,
+        at: Sequence[int],
+        *,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        free: FreeEditConfig = FreeEditConfig(),  # noqa: B008  frozen
+        superres: Superres = None,
+    ) -> list[Image.Image]:
+        """Mask-free editing, and what it looks like on the way.
+
+        Each iteration draws a random share of the base's tokens anew under the prompt, seeing the others. The
+        super-res then draws what lies under the tokens that changed.
+
+        Args:
+            image: a picture of any size; it is edited whole, at the model's size.
+            prompt: describes the picture that is wanted.
+            at: iterations after which to look, 0 (the picture itself) … `free.iterations`.
+            negative_prompt, seed, superres: as for `generate`.
+            free: share, iterations, guidance and sampling.
+        """
+        from muse.editing.whole import edit
+
+        settings = self.settings(seed, negative_prompt=negative_prompt, superres=superres)
+        frames = edit(self, pixels(image), prompt, settings, knobs.free_edit(free), at)
+        return [Image.fromarray(img_HWC) for img_HWC in frames]
+
+    def variation(
+        self,
+        image: Picture,
+        prompt: str = '',
+        *,
+        strength: float = 0.5,
+        negative_prompt: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        decoding: DecodeConfig | None = None,
+        superres: Superres = None,
+    ) -> Image.Image:
+        """Another picture like this one: a share `strength` of its tokens, chosen at random, is drawn anew.
+
+        0 returns the picture as it is, 1 draws a new one. Other arguments as for `inpaint`.
+        """
+        from muse.editing.whole import variation
+
+        settings = self.settings(
+            seed, steps, guidance_scale, temperature, negative_prompt, decoding=decoding, superres=superres
+        )
+        return Image.fromarray(variation(self, pixels(image), prompt, strength, settings))
+
+    def encode(self, image: Picture, *, high: bool = False) -> np.ndarray:
+        """Token ids `[rows, columns]`, int32, of a picture whose sides are multiples of the tokenizer's factor.
+
+        Args:
+            image: the picture.
+            high: with the super-res' tokenizer instead of the base's.
+        """
+        img_HWC, factor = pixels(image), self._tokenizer_config(high).factor
+        height, width = img_HWC.shape[:2]
+        if width % factor or height % factor:
+            raise UserError(f'image is {width}×{height}; resize it so that {factor} divides both sides')
+        return self.cascade.tokens(img_HWC, high=high)
+
+    def decode(self, tokens: np.ndarray, *, high: bool = False) -> Image.Image:
+        """The picture of token ids `[rows, columns]` (0 … codebook − 1), of the tokenizer that `encode` took."""
+        tokens, codes = np.asarray(tokens), self._tokenizer_config(high).codebook_size
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f'tokens are {tokens.dtype} of shape {tokens.shape}; give integers [rows, columns]')
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= codes:
             raise UserError(f'tokens must be a filled grid of ids from 0 to {codes - 1}; take them from encode()')
-        ids_1hw = tokens.astype(np.int32)[None]
-        return Image.fromarray(np.asarray(_decode_tokens(self._tokenizer, ids_1hw, graph=self._graphs[1]))[0])
+        return self.cascade.pixels(tokens.astype(np.int32)[None], high=high)[0]
+
+    def _tokenizer_config(self, high: bool) -> Any:
+        if high:
+            self.need_superres()
+            assert self.release.superres_tokenizer is not None
+            return self.release.superres_tokenizer.config
+        return self.release.tokenizer.config
 
 
-traces: Counter[str] = Counter()  # how often JAX has traced each program: other prompts and knobs must not add to it
+def pixels(image: Picture) -> np.ndarray:
+    """uint8 [height, width, 3] of a picture, upright and over white."""
+    if not isinstance(image, Image.Image | np.ndarray | str | Path):
+        raise UserError(f'image is a {type(image).__name__}; give a PIL.Image, an array [height, width, 3] or a path')
+    return open_picture(image)
 
 
-@partial(jax.jit, static_argnames=('graphs', 'steps', 'defaults'))
-def draw(
-    base_params: nnx.State,
-    tokenizer_params: nnx.State,
-    txt_GBSD: Float[Array, 'G B S D'],
-    len_GB: Int[Array, 'G B'],
-    canvas_BT: Int[Array, 'B T'],
-    keep_BT: Bool[Array, 'B T'],
-    index_B: Int[Array, ' B'],
-    seed: Array,
-    guidance_scale: Array,
-    temperature: Array,
-    *,
-    graphs: tuple[nnx.GraphDef, nnx.GraphDef],
-    steps: int,
-    defaults: DecodeConfig,
-) -> UInt8[Array, 'B H W 3']:
-    """Text states → tokens → pixels. All G guidance branches of a row run as one batch of G · B.
-
-    The one program of sampling, editing and the sheets that training draws.
-
-    Args:
-        base_params, tokenizer_params: of the modules whose structure is `graphs`.
-        txt_GBSD, len_GB: text of each branch: (conditional) or (conditional, negative or none).
-        canvas_BT, keep_BT: token ids and which of them are known.
-        index_B, seed: the noise of each row is made of both.
-        guidance_scale, temperature: see `DecodeConfig`; traced, so that other values compile nothing.
-        steps: of decoding.
-        defaults: what is fixed for a model: schedules and the noise on the confidence.
-    """
-    traces['draw'] += 1
-    base, tokenizer = nnx.merge(graphs[0], base_params), nnx.merge(graphs[1], tokenizer_params)
-    branches, batch = len_GB.shape
-    memory = base.memory(txt_GBSD.reshape(branches * batch, *txt_GBSD.shape[2:]))
-    scale_B = jnp.broadcast_to(guidance_scale, (batch,))
-
-    def logits_fn(tok_BT, progress):
-        logits = base.logits(jnp.tile(tok_BT, (branches, 1)), memory, len_GB.reshape(-1))
-        if branches == 1:
-            return logits
-        weights_GB = cfg_weights(scale_at(scale_B, progress, defaults.guidance_schedule))
-        return guided_logits(logits.reshape(branches, batch, *logits.shape[1:]), weights_GB)
-
-    tok_BT = decode(
-        logits_fn,
-        canvas_BT,
-        keep_BT,
-        row_keys(seed, index_B),
-        steps=steps,
-        temperature=temperature,
-        choice_temperature=defaults.choice_temperature,
-        schedule=defaults.schedule,
-    )
-    return to_uint8(tokenizer.decode(tok_BT.reshape(batch, *base.config.grid)))
-
-
-@partial(jax.jit, static_argnames='graph')
-def _encode_pixels(params: nnx.State, img_BHWC: Array, *, graph: nnx.GraphDef) -> Int[Array, 'B h w']:
-    traces['encode'] += 1
-    return nnx.merge(graph, params).encode(to_float(img_BHWC))
-
-
-@partial(jax.jit, static_argnames='graph')
-def _decode_tokens(params: nnx.State, ids_Bhw: Array, *, graph: nnx.GraphDef) -> UInt8[Array, 'B H W 3']:
-    traces['decode'] += 1
-    return to_uint8(nnx.merge(graph, params).decode(ids_Bhw))
-
-
-def _graph(model: Callable[..., nnx.Module], config: Any, on_cpu: bool) -> nnx.GraphDef:
-    """The model's structure for this machine, which need not be the one that it was trained on.
-
-    On a CPU it computes in float32 (bf16 is slow there); an attention kernel of another backend gives way to 'xla'.
-    """
-    native = {'gpu': 'cudnn', 'tpu': 'splash'}.get(jax.default_backend())
-    if on_cpu:
-        config = dataclasses.replace(config, dtype='float32')
-    if getattr(config, 'attention', native) != native:
-        config = dataclasses.replace(config, attention='xla')
-    return nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs in ~/.cache/muse, unless a place was chosen already (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.values['jax_compilation_cache_dir'] is None and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        folder = Path.home() / '.cache' / 'muse'
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return  # a read-only home: compile anew each time
-        jax.config.update('jax_compilation_cache_dir', str(folder))
-
-
-def check_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """The prompts as a list; warns of blank ones, which draw without text."""
-    if not isinstance(prompts, Sequence):
-        raise UserError(f'prompts are a {type(prompts).__name__}; give a text or a list of texts')
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise UserError('no prompt was given: give at least one text')
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise UserError(f'prompt {prompt!r} is a {type(prompt).__name__}; give a text')
-        _check_unicode('prompt', prompt)
-    if blank := sum(not prompt.strip() for prompt in prompts):
-        warn(f'empty prompts: {blank} of {len(prompts)}; drawn without text')
-    return prompts
-
-
-def _check_unicode(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f'{name} {text[:40]!r} holds bytes that are no UTF-8: save or type it as UTF-8') from None
-
-
-def _count(name: str, value: Any, low: int, high: int | None = None) -> int:
-    wanted = f'an integer from {low} to {high}' if high is not None else f'an integer of at least {low}'
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low or value > (high or value):
-        raise UserError(f'{name} is {value!r}; give {wanted}')
-    return int(value)
-
-
-def _number(name: str, value: Any, default: float) -> float:
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value < 1e6:
-        raise UserError(f'{name} is {value!r}; give a number of at least 0')
-    return float(value)
+def _fields(config: DecodeConfig) -> dict[str, Any]:
+    """The fields of a config by name, without turning nested ones into dicts."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DecodeConfig)}

@@ -37,3 +37,19 @@ def tiny_model(release_folder):
     import muse
 
     return muse.load(release_folder)
+
+
+@pytest.fixture(scope='session')
+def cascade_folder(tmp_path_factory):
+    """A tiny release with a super-res. Read only."""
+    from tiny import write_cascade
+
+    return write_cascade(tmp_path_factory.mktemp('cascade'))
+
+
+@pytest.fixture(scope='session')
+def cascade_model(cascade_folder):
+    """The loaded tiny release with a super-res."""
+    import muse
+
+    return muse.load(cascade_folder)

@@ -7,10 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muse.decode import decode, lowest, masked_counts, row_keys, sample_tokens
+from muse.decode import (
+    decode,
+    decode_steps,
+    halton_order,
+    lowest,
+    masked_counts,
+    random_order,
+    resample_steps,
+    row_keys,
+    sample_tokens,
+)
 from muse.errors import UserError
 
 V = 11
+sample = jax.jit(sample_tokens)
 
 
 def table_logits(tok_BT, progress):
@@ -20,7 +31,7 @@ def table_logits(tok_BT, progress):
     return jnp.sin(mix_BT[..., None] * jnp.arange(1, V + 1) * 3.1) * 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(unknown=st.lists(st.integers(0, 4096), min_size=1, max_size=6), steps=st.integers(1, 64))
 def test_counts_free_at_least_one_token_a_step_and_all_at_the_end(unknown, steps):
     left_KB = np.asarray(masked_counts(jnp.array(unknown), steps, 'cosine'))
@@ -29,16 +40,23 @@ def test_counts_free_at_least_one_token_a_step_and_all_at_the_end(unknown, steps
     assert ((before_KB - left_KB >= 1) | (before_KB == 0)).all()
 
 
-@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'square'])
+@pytest.mark.parametrize('schedule', ['cosine', 'linear', 'square', 'cubic', 'root'])
 def test_counts_follow_the_schedule_of_each_rows_own_unknown_tokens(schedule):
     unknown = np.array([4096, 256, 100])
     left_KB = np.asarray(masked_counts(jnp.array(unknown), 8, schedule))
     x = np.arange(1, 9) / 8
-    share = {'cosine': np.cos(np.pi * x / 2), 'linear': 1 - x, 'square': 1 - x**2}[schedule]
+    share = {
+        'cosine': np.cos(np.pi * x / 2),
+        'linear': 1 - x,
+        'square': 1 - x**2,
+        'cubic': 1 - x**3,
+        'root': 1 - x**0.5,
+    }
+    share = share[schedule]
     assert np.abs(left_KB - share[:, None] * unknown).max() <= 1.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_lowest_marks_exactly_k_under_ties_in_every_dtype(data):
     rows, length = 3, data.draw(st.integers(1, 40))
@@ -73,7 +91,7 @@ def test_what_lies_under_unknown_tokens_does_not_matter():
     keep_BT = jnp.arange(24)[None] < 8
     canvas_BT = jax.random.randint(jax.random.key(0), (1, 24), 0, V)
     other_BT = jnp.where(keep_BT, canvas_BT, (canvas_BT + 5) % V)
-    run = lambda canvas: decode(table_logits, canvas, keep_BT, row_keys(1, jnp.arange(1)), steps=6)  # noqa: E731
+    run = jax.jit(lambda canvas: decode(table_logits, canvas, keep_BT, row_keys(1, jnp.arange(1)), steps=6))
     assert (run(canvas_BT) == run(other_BT)).all()
 
 
@@ -138,3 +156,211 @@ def test_zero_steps_are_refused():
     blank = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(UserError, match='steps is 0'):
         decode(table_logits, blank, blank > 0, row_keys(0, jnp.arange(1)), steps=0)
+
+
+# The whole of what the promises say, over all lengths, steps and dtypes: a sample of it runs with every change.
+
+DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
+SCHEDULES = st.sampled_from(['cosine', 'linear', 'square', 'cubic', 'root'])
+
+
+def check_promises(data, longest):
+    """One decode of a few rows: counts, immunity, ids, and that only unknown tokens are ever touched."""
+    length, steps = data.draw(st.integers(1, longest)), data.draw(st.integers(1, 64))
+    dtype, schedule = data.draw(DTYPES), data.draw(SCHEDULES)
+    shares = data.draw(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.97, 1.0]), min_size=1, max_size=3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    keep = rng.random((len(shares), length)) < np.array(shares)[:, None]
+    canvas = rng.integers(0, V, keep.shape)
+    order = {'confidence': None, 'own': rng.permuted(np.tile(np.arange(length), (len(shares), 1)), axis=1)}
+    order_BT = order[data.draw(st.sampled_from(sorted(order)))]
+    flat = data.draw(st.booleans())  # all logits equal: every confidence is a tie
+
+    def logits_fn(tok_BT, progress):
+        return (table_logits(tok_BT, progress) * (0.0 if flat else 1.0)).astype(dtype)
+
+    canvas_KBT = np.asarray(
+        decode_steps(
+            logits_fn,
+            jnp.asarray(canvas),
+            jnp.asarray(keep),
+            row_keys(jnp.asarray(rng.integers(0, 2**32, len(shares), np.uint32)), jnp.arange(len(shares))),
+            steps=steps,
+            temperature=float(rng.choice([0.0, 1.0, 5.0])),
+            choice_temperature=float(rng.choice([0.0, 4.5])),
+            schedule=schedule,
+            order_BT=None if order_BT is None else jnp.asarray(order_BT, jnp.float32),
+        )
+    )
+    unknown_KB = (canvas_KBT == V).sum(-1)
+    expected_KB = np.asarray(masked_counts(jnp.asarray((~keep).sum(1)), steps, schedule))
+    np.testing.assert_array_equal(unknown_KB, expected_KB)
+    assert canvas_KBT.min() >= 0 and canvas_KBT[-1].max(initial=0) < V
+    assert (canvas_KBT[:, keep] == canvas[keep]).all()
+    settled = canvas_KBT[:-1] != V
+    assert (canvas_KBT[1:][settled] == canvas_KBT[:-1][settled]).all(), 'a drawn token changed later'
+
+
+@settings(max_examples=3, deadline=None)
+@given(data=st.data())
+def test_promises(data):
+    check_promises(data, longest=40)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_promises_in_full(data):
+    check_promises(data, longest=4096)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None)
+@given(
+    length=st.integers(1, 300), steps=st.integers(1, 64), share=st.floats(0.001, 1.0), seed=st.integers(0, 2**32 - 1)
+)
+def test_resampling_in_full(length, steps, share, seed):
+    check_resampling(length, steps, share, seed)
+
+
+@pytest.mark.slow
+def test_counts_in_full():
+    """Every number of unknown tokens from 0 to 4096, under all steps from 1 to 64 for the paper's schedule."""
+    unknown, some = np.arange(4097), (1, 2, 3, 17, 64)
+    steps_of = {'cosine': range(1, 65), 'linear': some, 'square': some, 'cubic': some, 'root': some}
+    for schedule, all_steps in steps_of.items():
+        count = jax.jit(lambda n, steps, schedule=schedule: masked_counts(n, steps, schedule), static_argnums=1)
+        for steps in all_steps:
+            left_KB = np.asarray(count(unknown, steps))
+            before_KB = np.concatenate([unknown[None], left_KB[:-1]])
+            assert (left_KB[-1] == 0).all() and (left_KB >= 0).all()
+            assert ((before_KB - left_KB >= 1) | (before_KB == 0)).all()
+
+
+@pytest.mark.parametrize('grid', [(64, 64), (16, 16), (24, 16), (1, 1), (1, 37), (50, 3), (7, 11)])
+def test_halton_order_is_a_permutation(grid):
+    order = halton_order(grid)
+    assert sorted(order.tolist()) == list(range(grid[0] * grid[1]))
+
+
+def test_halton_order_begins_as_the_sequence_and_spreads():
+    order = halton_order((64, 64)).reshape(64, 64)
+    # (1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9): rows in base 2, columns in base 3
+    for place, (row, column) in enumerate([(32, 21), (16, 42), (48, 7), (8, 28)]):
+        assert order[row, column] == place
+    quarters = (order < 256).reshape(8, 8, 8, 8).sum((1, 3))  # of the first 256 cells 4 should lie in each block
+    assert quarters.min() >= 3 and quarters.max() <= 5
+
+
+def test_a_fixed_order_is_followed_whatever_the_confidence():
+    blank = jnp.zeros((2, 24), jnp.int32)
+    order_BT = jnp.asarray(np.stack([np.random.default_rng(i).permutation(24) for i in range(2)]), jnp.float32)
+    canvas_KBT = np.asarray(
+        decode_steps(table_logits, blank, blank > 0, row_keys(0, jnp.arange(2)), steps=5, order_BT=order_BT)
+    )
+    for canvas_BT in canvas_KBT:
+        known = canvas_BT != V
+        assert (known == (np.asarray(order_BT) < known.sum(1, keepdims=True))).all()
+
+
+def test_random_orders_are_permutations_of_each_rows_own():
+    order = np.asarray(random_order(row_keys(3, jnp.arange(4)), 50)).argsort(1)
+    assert (np.sort(order, 1) == np.arange(50)).all() and len({row.tobytes() for row in order}) == 4
+    again = np.asarray(random_order(row_keys(3, jnp.arange(2, 3)), 50)).argsort(1)
+    assert (again[0] == order[2]).all()
+
+
+@pytest.mark.parametrize('k', [1, 3, 10])
+def test_top_k_draws_among_the_k_most_likely(k):
+    logits = jax.random.normal(jax.random.key(0), (1, 4, V)) * 0.3
+    many = jnp.broadcast_to(logits, (3000, 4, V))
+    tok = np.asarray(sample(row_keys(0, jnp.arange(3000)), many, 1.0, top_k=jnp.int32(k))[0])
+    for t in range(4):
+        best = np.argsort(-np.asarray(logits[0, t]))[:k]
+        kept = np.exp(np.asarray(logits[0, t, best]))
+        found = np.array([(tok[:, t] == code).mean() for code in best])
+        np.testing.assert_allclose(found, kept / kept.sum(), atol=0.035)  # over 3 standard errors
+        assert abs(found.sum() - 1) < 1e-9
+
+
+@pytest.mark.parametrize(('top_p', 'kept'), [(0.05, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.99, 5), (1.0, 5)])
+def test_top_p_draws_among_the_fewest_codes_with_that_share(top_p, kept):
+    shares = jnp.array([0.05, 0.5, 0.15, 0.3 - 1e-3, 1e-3])
+    logits = jnp.broadcast_to(jnp.log(shares), (4000, 1, 5))
+    found = np.asarray(sample(row_keys(1, jnp.arange(4000)), logits, 1.0, top_p=jnp.float32(top_p))[0])
+    best = np.argsort(-np.asarray(shares))[:kept]
+    assert set(found.ravel()) <= set(best.tolist())
+    expected = np.asarray(shares)[best] / np.asarray(shares)[best].sum()
+    np.testing.assert_allclose([(found == code).mean() for code in best], expected, atol=0.03)
+
+
+def test_top_p_reads_the_distribution_at_its_temperature():
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.3, 0.2])), (500, 1, 3))
+    draw = lambda t: np.unique(sample(row_keys(1, jnp.arange(500)), logits, t, top_p=jnp.float32(0.6))[0])  # noqa: E731
+    assert draw(1.0).tolist() == [0, 1] and draw(0.2).tolist() == [0] and draw(50.0).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_top_k_keeps_exactly_k_of_values_of_either_sign(dtype):
+    logits = jnp.asarray(np.random.default_rng(0).permutation(np.arange(-100, 101)), dtype)[None, None]
+    noisy = jnp.broadcast_to(logits * 1e-3, (4000, 1, 201))
+    found = np.asarray(sample(row_keys(2, jnp.arange(4000)), noisy, 1.0, top_k=jnp.int32(7))[0])
+    assert set(found.ravel()) == set(np.argsort(-np.asarray(logits[0, 0], np.float32))[:7].tolist())
+
+
+def test_a_temperature_a_row_and_a_step():
+    """Row 0 is greedy throughout, row 1 at the second step only."""
+    blank = jnp.zeros((2, 24), jnp.int32)
+    flat = lambda tok, progress: jnp.zeros((*tok.shape, V)).at[..., 4].set(1.0)  # noqa: E731
+    temperature_KB = jnp.array([[0.0, 9.0], [0.0, 0.0]])
+    canvas_KBT = np.asarray(
+        decode_steps(flat, blank, blank > 0, row_keys(0, jnp.arange(2)), steps=2, temperature=temperature_KB)
+    )
+    assert (canvas_KBT[1, 0] == 4).all()
+    first = canvas_KBT[0, 1] != V
+    assert (canvas_KBT[1, 1][~first] == 4).all() and (canvas_KBT[1, 1][first] != 4).any()
+
+
+def test_decode_is_the_last_of_its_steps():
+    blank = jnp.zeros((2, 24), jnp.int32)
+    arguments = (table_logits, blank, blank > 0, row_keys(0, jnp.arange(2)))
+    last, steps = jax.jit(lambda: (decode(*arguments, steps=4), decode_steps(*arguments, steps=4)))()
+    assert (last == steps[-1]).all()
+
+
+@settings(max_examples=2, deadline=None)
+@given(length=st.integers(1, 30), steps=st.integers(1, 9), share=st.floats(0.01, 1.0), seed=st.integers(0, 2**32 - 1))
+def test_resampling_draws_an_exact_share_of_the_free_tokens_each_step(length, steps, share, seed):
+    check_resampling(length, steps, share, seed)
+
+
+def check_resampling(length, steps, share, seed):
+    rng = np.random.default_rng(seed)
+    keep, canvas = rng.random((2, length)) < 0.4, rng.integers(0, V, (2, length))
+    masked = []
+
+    def logits_fn(tok_BT, progress):
+        jax.debug.callback(lambda m: masked.append(np.asarray(m)), tok_BT == V, ordered=True)
+        return table_logits(tok_BT, progress)
+
+    canvas_KBT = resample_steps(
+        logits_fn, jnp.asarray(canvas), jnp.asarray(keep), row_keys(seed, jnp.arange(2)), steps=steps, share=share
+    )
+    canvas_KBT = np.asarray(canvas_KBT)
+    jax.effects_barrier()
+    free = (~keep).sum(1)
+    wanted = np.where(free > 0, np.maximum(1, np.rint(np.float32(share) * free.astype(np.float32))), 0)
+    before = canvas
+    assert len(masked) == steps
+    for mask, after in zip(masked, canvas_KBT, strict=True):
+        assert (mask.sum(1) == wanted).all() and not (mask & keep).any()
+        assert (after[~mask] == before[~mask]).all() and (after < V).all()
+        before = after
+
+
+def test_resampling_visits_other_tokens_each_step():
+    blank = jnp.zeros((1, 64), jnp.int32)
+    hot = lambda tok, progress: jnp.zeros((*tok.shape, V)) + progress  # noqa: E731
+    run = jax.jit(lambda: resample_steps(hot, blank, blank > 0, row_keys(0, jnp.arange(1)), steps=100, share=0.08))
+    canvas_KBT = run()
+    assert (np.asarray(canvas_KBT[-1]) != 0).mean() > 0.75  # each was drawn 8 times over; 1 in 11 falls on code 0

@@ -35,3 +35,18 @@ def test_linear_ramp_starts_at_zero_and_ends_at_the_scale():
     np.testing.assert_array_equal(scale_at(scale, jnp.float32(0), 'linear'), [0, 0])
     np.testing.assert_array_equal(scale_at(scale, jnp.float32(1), 'linear'), [3, 5])
     np.testing.assert_array_equal(scale_at(scale, jnp.float32(0.25), 'constant'), [3, 5])
+
+
+def test_cosine_ramp_is_half_a_wave():
+    scale = jnp.array([4.0])
+    found = [float(scale_at(scale, jnp.float32(p), 'cosine')[0]) for p in (0, 1 / 3, 0.5, 1)]
+    np.testing.assert_allclose(found, [0, 1, 2, 4], atol=1e-5)
+
+
+@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine'])
+def test_outside_the_interval_there_is_no_guidance(schedule):
+    scale = jnp.array([4.0, 2.0])
+    for progress, inside in ((0.24, False), (0.25, True), (0.5, True), (0.75, True), (0.76, False)):
+        found = scale_at(scale, jnp.float32(progress), schedule, (0.25, 0.75))
+        whole = scale_at(scale, jnp.float32(progress), schedule)
+        np.testing.assert_array_equal(found, whole if inside else [0, 0])

@@ -28,7 +28,7 @@ def pictures(tiny_model):
 def batched_model(release_folder):
     """The same model as it runs on an accelerator: in padded batches."""
     model = muse.load(release_folder)
-    model.on_cpu = False
+    model.cascade.on_cpu = False
     return model
 
 
@@ -98,15 +98,15 @@ def test_the_negative_prompt_equal_to_the_prompt_cancels_guidance(tiny_model):
 
 def test_nothing_is_compiled_twice(release_folder):
     model = muse.load(release_folder)
-    before = traces['draw']
+    before = traces['fill_base']
     model.generate(['a cat', 'a dog'], seed=1, steps=5)
-    assert traces['draw'] == before + 1
+    assert traces['fill_base'] == before + 1
     other = {'seed': 2, 'guidance_scale': 4.0, 'temperature': 0.5, 'negative_prompt': 'moon'}
     model.generate(['the sun', 'two', 'three'], steps=5, **other)
     muse.load(release_folder).generate('a cat', steps=5)
-    assert traces['draw'] == before + 1
+    assert traces['fill_base'] == before + 1
     model.generate('a cat', steps=5, guidance_scale=0.0)
-    assert traces['draw'] == before + 2
+    assert traces['fill_base'] == before + 2
 
 
 def test_pictures_are_streamed(tiny_model, pictures):
@@ -120,6 +120,7 @@ def test_tokens_and_pixels(tiny_model):
     assert image.size == (24, 16)
     found = tiny_model.encode(image)
     assert found.shape == (4, 6) and found.dtype == np.int32 and found.min() >= 0 and found.max() < 64
+    np.testing.assert_array_equal(tiny_model.encode(np.asarray(image)), found)
     other = tiny_model.decode((tokens + 1) % 64)
     assert (np.asarray(other) != np.asarray(image)).mean() > 0.5
 
@@ -157,8 +158,10 @@ def test_wrong_tokens_and_pictures_are_refused(tiny_model):
             tiny_model.decode(tokens)
     with pytest.raises(UserError, match='4 divides both sides'):
         tiny_model.encode(Image.new('RGB', (17, 16)))
-    with pytest.raises(UserError, match='PIL.Image'):
-        tiny_model.encode(np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match='image is a list'):
+        tiny_model.encode([[0]])
+    with pytest.raises(UserError, match='float64'):
+        tiny_model.encode(np.zeros((16, 16, 3)))
 
 
 def test_a_negative_prompt_without_guidance_warns(tiny_model):

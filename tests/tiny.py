@@ -12,8 +12,8 @@ import numpy as np
 import sentencepiece
 from flax import nnx
 
-from muse.config import DecodeConfig, T5Config, TransformerConfig, VQConfig, to_dict
-from muse.release.format import VOCABULARY, graphdef_and_template, save_part
+from muse.config import DecodeConfig, SuperresConfig, T5Config, TransformerConfig, VQConfig, to_dict
+from muse.release.format import VOCABULARY, graphdef_and_template, load_part, save_part
 from muse.release.storage import Storage
 
 VQ = VQConfig(channels=8, channel_mult=(1, 1, 2), num_res_blocks=1, codebook_size=64, code_dim=8)
@@ -23,13 +23,27 @@ T5 = T5Config(
 BASE = TransformerConfig(
     codebook_size=64, grid=(4, 4), width=32, mlp_dim=64, heads=2, layers=2, text_width=32, text_length=24
 )
+SUPERRES = SuperresConfig(
+    codebook_size=64,
+    grid=(8, 8),
+    low_codebook_size=64,
+    low_grid=(4, 4),
+    block=4,
+    width=32,
+    mlp_dim=64,
+    heads=2,
+    layers=2,
+    low_layers=1,
+    text_width=32,
+    text_length=24,
+)
 DECODE = DecodeConfig(steps=4, guidance_scale=1.5, choice_temperature=1.0)
 
 
 def random_params(part: str, config: Any, seed: int = 0) -> nnx.State:
     """Random parameters: fan-in normal kernels, ones for scales. From NumPy, which spares compiling the real ones.
 
-    The base's are made louder, so that text and neighbours change the tokens drawn.
+    Those of base and super-res are made louder, so that text and neighbours change the tokens drawn.
     """
     rng = np.random.default_rng(seed)
 
@@ -37,7 +51,7 @@ def random_params(part: str, config: Any, seed: int = 0) -> nnx.State:
         name = jax.tree_util.keystr(path)
         if 'norm' in name and 'scale' in name:
             return jnp.ones(shape.shape)
-        gain = 30.0 if 'head' in name and part == 'base' else 3.0 if 'cross_attention' in name else 1.0
+        gain = 30.0 if 'head' in name and part in ('base', 'superres') else 3.0 if 'cross_attention' in name else 1.0
         fan_in = np.prod(shape.shape[-3:-1]) if len(shape.shape) == 4 else shape.shape[max(0, len(shape.shape) - 2)]
         return jnp.asarray(rng.normal(size=shape.shape) * gain / np.sqrt(fan_in), jnp.float32)
 
@@ -73,4 +87,18 @@ def write_release(folder: Path, storage: Storage = 'float32') -> Path:
     names = {'tokenizer_sha256': tokenizer, 'text_encoder_sha256': text_encoder, 'decode': to_dict(DECODE)}
     save_part(folder, 'base', config=BASE, params=random_params('base', BASE, seed=2), storage=storage, extra=names)
     (folder / VOCABULARY).write_bytes(vocabulary())
+    return folder
+
+
+def write_cascade(folder: Path) -> Path:
+    """A whole release with a super-res: 4 × 4 low-res tokens, 8 × 8 high-res ones, pictures of 32 pixels."""
+    write_release(folder)
+    hashes = {f'{part}_sha256': load_part(folder, part).hash for part in ('tokenizer', 'text_encoder')}
+    params = random_params('tokenizer', VQ, seed=3)
+    hashes['superres_tokenizer_sha256'] = save_part(
+        folder, 'superres_tokenizer', config=VQ, params=params, storage='float32'
+    )
+    extra = {**hashes, 'decode': to_dict(DecodeConfig(steps=3, guidance_scale=1.0, choice_temperature=1.0))}
+    params = random_params('superres', SUPERRES, seed=4)
+    save_part(folder, 'superres', config=SUPERRES, params=params, storage='float32', extra=extra)
     return folder

@@ -1,0 +1,268 @@
+"""The compiled programs of sampling and editing: text states and known tokens → tokens → pixels (§2.4, §2.7, §2.8).
+
+What changes from call to call (prompts, seeds, scales, temperatures, which tokens are known) is data of a program.
+It is compiled anew for another shape (batch, steps, size) and for what a run does differently: guided or not, an order
+of filling, a schedule, top-k or top-p at all. `traces` counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt8
+
+from muse.canvas import Grid, windows
+from muse.config import DecodeConfig
+from muse.decode import LogitsFn, decode_steps, halton_order, random_order, resample_steps, row_keys
+from muse.guidance import cfg_weights, guided_logits, scale_at
+from muse.models.superres import Superres
+from muse.models.vqgan import to_float, to_uint8
+
+traces: Counter[str] = Counter()  # how often JAX has traced each program: other prompts and knobs must not add to it
+
+
+class Batch(NamedTuple):
+    """What a program reads besides tokens. G is 2 with guidance: (conditional, negative or none), and 1 without."""
+
+    txt_GBSD: Float[Array, 'G B S D']
+    len_GB: Int[Array, 'G B']
+    seed_B: Integer[Array, ' B']
+    index_B: Int[Array, ' B']  # of the picture: its noise is made of seed, index and step
+    guidance_B: Float[Array, ' B']
+    temperature_2B: Float[Array, '2 B']  # at the first step and at the last
+    interval: tuple[Array, Array]  # guidance acts from here to there
+    choice_temperature: Float[Array, '']
+    top_k: Int[Array, ''] | None
+    top_p: Float[Array, ''] | None
+
+
+class Program(NamedTuple):
+    """What a program is compiled for."""
+
+    steps: int
+    schedule: str
+    guidance_schedule: str
+    order: str
+
+
+def program_of(config: DecodeConfig) -> Program:
+    """The compiled side of the decoding settings."""
+    return Program(config.steps, config.schedule, config.guidance_schedule, config.order)
+
+
+def batch_of(
+    config: DecodeConfig,
+    txt_GBSD: Array,
+    len_GB: Array | np.ndarray,
+    seed_B: Array | np.ndarray,
+    index_B: Array | np.ndarray,
+    guidance_B: Array | np.ndarray | None = None,
+    temperature_B: Array | np.ndarray | None = None,
+) -> Batch:
+    """The traced side of the decoding settings beside each row's own; None of a row's takes the settings'."""
+    rows = len(index_B)
+    if guidance_B is None:
+        guidance_B = np.full(rows, config.guidance_scale, np.float32)
+    if temperature_B is None:
+        temperature_B = np.full(rows, config.temperature, np.float32)
+    last = config.final_temperature
+    last_B = temperature_B if last is None else np.full(rows, last, np.float32)
+    return Batch(
+        txt_GBSD,
+        len_GB,  # pyright: ignore[reportArgumentType]
+        seed_B,  # pyright: ignore[reportArgumentType]
+        index_B,  # pyright: ignore[reportArgumentType]
+        guidance_B,  # pyright: ignore[reportArgumentType]
+        np.stack([temperature_B, last_B]),  # pyright: ignore[reportArgumentType]
+        (np.float32(config.guidance_interval[0]), np.float32(config.guidance_interval[1])),  # pyright: ignore[reportArgumentType]
+        np.float32(config.choice_temperature),  # pyright: ignore[reportArgumentType]
+        np.int32(config.top_k) if config.top_k else None,  # pyright: ignore[reportArgumentType]
+        np.float32(config.top_p) if config.top_p < 1 else None,  # pyright: ignore[reportArgumentType]
+    )
+
+
+@partial(jax.jit, static_argnames=('graph', 'grid', 'program'))
+def fill_base(
+    params: nnx.State,
+    canvas_BT: Int[Array, 'B T'],
+    keep_BT: Bool[Array, 'B T'],
+    batch: Batch,
+    *,
+    graph: nnx.GraphDef,
+    grid: Grid,
+    program: Program,
+) -> Int[Array, 'K B T']:
+    """The base transformer fills a canvas of `grid` tokens: the canvas after each step, as `decode_steps` gives it."""
+    traces['fill_base'] += 1
+    keys_B = row_keys(batch.seed_B, batch.index_B)
+    return _fill(_base_branches(params, graph, grid, batch), canvas_BT, keep_BT, keys_B, batch, grid, program)
+
+
+@partial(jax.jit, static_argnames=('graph', 'grid', 'program'))
+def fill_superres(
+    params: nnx.State,
+    low_BT: Int[Array, 'B T2'],
+    canvas_BT: Int[Array, 'B T'],
+    keep_BT: Bool[Array, 'B T'],
+    batch: Batch,
+    *,
+    graph: nnx.GraphDef,
+    grid: Grid,
+    program: Program,
+) -> Int[Array, 'K B T']:
+    """The super-res fills a canvas of `grid` high-res tokens over complete low-res ones (§2.4); as `fill_base`."""
+    traces['fill_superres'] += 1
+    # Its noise is not the base's: the two draw different things from the same seed.
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys(batch.seed_B, batch.index_B), _SUPERRES)
+    branches = _superres_branches(nnx.merge(graph, params), low_BT, batch, grid)
+    return _fill(branches, canvas_BT, keep_BT, keys_B, batch, grid, program)
+
+
+_SUPERRES = np.uint32(2**32 - 1)
+
+
+@partial(jax.jit, static_argnames=('graph', 'grid', 'program'))
+def resample_base(
+    params: nnx.State,
+    tok_BT: Int[Array, 'B T'],
+    keep_BT: Bool[Array, 'B T'],
+    batch: Batch,
+    share: Float[Array, ''],
+    *,
+    graph: nnx.GraphDef,
+    grid: Grid,
+    program: Program,
+) -> Int[Array, 'K B T']:
+    """Mask-free editing on the base (§3.3): the tokens after each iteration, as `resample_steps` gives them."""
+    traces['resample_base'] += 1
+    return resample_steps(
+        _guided(_base_branches(params, graph, grid, batch), batch, program),
+        tok_BT,
+        keep_BT,
+        row_keys(batch.seed_B, batch.index_B),
+        steps=program.steps,
+        share=share,
+        temperature=_temperature(batch, program.steps),
+        top_k=batch.top_k,
+        top_p=batch.top_p,
+    )
+
+
+@partial(jax.jit, static_argnames='graph')
+def encode_pixels(params: nnx.State, img_BHWC: Array, *, graph: nnx.GraphDef) -> Int[Array, 'B h w']:
+    """uint8 pixels → token ids."""
+    traces['encode'] += 1
+    return nnx.merge(graph, params).encode(to_float(img_BHWC))
+
+
+@partial(jax.jit, static_argnames='graph')
+def decode_pixels(params: nnx.State, ids_Bhw: Array, *, graph: nnx.GraphDef) -> UInt8[Array, 'B H W 3']:
+    """Token ids → uint8 pixels."""
+    traces['decode'] += 1
+    return to_uint8(nnx.merge(graph, params).decode(ids_Bhw))
+
+
+Branches = Callable[[Int[Array, 'GB T'], Int[Array, ' GB']], Float[Array, 'GB T V']]  # tokens, text lengths → logits
+
+
+def _base_branches(params: nnx.State, graph: nnx.GraphDef, grid: Grid, batch: Batch) -> Branches:
+    base = nnx.merge(graph, params)
+    memory = base.memory(_rows(batch.txt_GBSD))
+    return lambda tok_RT, len_R: base.logits(tok_RT, memory, len_R, grid)
+
+
+def _superres_branches(superres: Superres, low_BT: Int[Array, 'B T'], batch: Batch, grid: Grid) -> Branches:
+    """Logits of the super-res; on a canvas beyond its trained size from overlapping windows of that size.
+
+    Each window is seen at the positions that were trained. Where windows overlap their logits are averaged, with a
+    weight that falls towards a window's rim, so that no seam is left; all of them are drawn from in one decode.
+    """
+    low_RT = jnp.tile(low_BT, (batch.len_GB.shape[0], 1))
+    txt_RSD = _rows(batch.txt_GBSD)
+    config, (rows, columns) = superres.config, superres.low_grid(grid)
+    tiles = windows((rows, columns), config.low_grid, (grid[0] // rows, grid[1] // columns))
+    if len(tiles.low_Wt) == 1:
+        memory = superres.memory(low_RT, txt_RSD, grid)
+        return lambda tok_RT, len_R: superres.logits(tok_RT, memory, len_R, grid)
+    memories = jax.lax.map(lambda at_t: superres.memory(low_RT[:, at_t], txt_RSD, tiles.window), tiles.low_Wt)
+
+    def logits(tok_RT, len_R):
+        def add(total_RTV, slices):
+            at_t, weight_t, memory = slices
+            part_RtV = superres.logits(tok_RT[:, at_t], memory, len_R, tiles.window).astype(jnp.float32)
+            return total_RTV.at[:, at_t].add(part_RtV * weight_t[:, None]), None
+
+        nothing_RTV = jnp.zeros((*tok_RT.shape, config.codebook_size), jnp.float32)
+        return jax.lax.scan(add, nothing_RTV, (tiles.high_Wt, tiles.weight_Wt, memories))[0]
+
+    return logits
+
+
+def _rows(x_GB: Array) -> Array:
+    return x_GB.reshape(-1, *x_GB.shape[2:])
+
+
+def _guided(branch_logits: Branches, batch: Batch, program: Program) -> LogitsFn:
+    """All G guidance branches of a row run as one batch of G · B (§2.7)."""
+    branches, rows = batch.len_GB.shape
+
+    def logits_fn(tok_BT, progress):
+        logits_RTV = branch_logits(jnp.tile(tok_BT, (branches, 1)), batch.len_GB.reshape(-1))
+        if branches == 1:
+            return logits_RTV
+        scale_B = scale_at(batch.guidance_B, progress, program.guidance_schedule, batch.interval)  # pyright: ignore[reportArgumentType]
+        return guided_logits(logits_RTV.reshape(branches, rows, *logits_RTV.shape[1:]), cfg_weights(scale_B))
+
+    return logits_fn
+
+
+def _temperature(batch: Batch, steps: int) -> Float[Array, 'K B']:
+    first_B, last_B = batch.temperature_2B
+    return first_B + jnp.linspace(0, 1, steps)[:, None] * (last_B - first_B)
+
+
+def _fill(
+    branch_logits: Branches,
+    canvas_BT: Int[Array, 'B T'],
+    keep_BT: Bool[Array, 'B T'],
+    keys_B: Key[Array, ' B'],
+    batch: Batch,
+    grid: Grid,
+    program: Program,
+) -> Int[Array, 'K B T']:
+    match program.order:
+        case 'halton':
+            order_BT = jnp.broadcast_to(halton_order(grid).astype(np.float32), canvas_BT.shape)
+        case 'random':
+            order_BT = random_order(keys_B, canvas_BT.shape[1])
+        case _:
+            order_BT = None
+    return decode_steps(
+        _guided(branch_logits, batch, program),
+        canvas_BT,
+        keep_BT,
+        keys_B,
+        steps=program.steps,
+        temperature=_temperature(batch, program.steps),
+        choice_temperature=batch.choice_temperature,
+        schedule=program.schedule,  # pyright: ignore[reportArgumentType]
+        order_BT=order_BT,
+        top_k=batch.top_k,
+        top_p=batch.top_p,
+    )
+
+
+def sheet_batch(config: DecodeConfig, txt_BSD: Array, len_B: Array, seed: Array) -> Batch:
+    """A guided batch for the sheets that training draws: no negative prompts, one seed, pictures by their row."""
+    rows = len(len_B)
+    none_B = jnp.zeros_like(len_B)
+    return batch_of(
+        config, jnp.stack([txt_BSD, txt_BSD]), jnp.stack([len_B, none_B]), jnp.broadcast_to(seed, rows), np.arange(rows)
+    )
