@@ -1,9 +1,15 @@
 """Trains a part of Muse: python train.py --config=configs/tiny/base.py --workdir=DIR [--config.train.steps=100 ...]
 
 Running the same command again goes on from the newest checkpoint. The averaged weights end in DIR/export.
+
+    python train.py --config=configs/paper/base_3b.py --aot=v5e:16x16
+
+trains nothing: it compiles the step for TPUs that need not be there and says what they would need (docs/scaling.md).
 """
 
 from __future__ import annotations
+
+import sys
 
 import jax
 from absl import app, flags, logging
@@ -16,13 +22,20 @@ from muse.train.command_line import parse_flags, use_compilation_cache
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; its keys are set by --config.a.b=value.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of checkpoints, metrics, grids and the exported weights.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Join the other hosts of this job (jax.distributed).')
+_AOT = flags.DEFINE_string('aot', None, 'Only compile the step for a TPU topology, e.g. v5e:16x16, and report on it.')
 
 
 def main(_: list[str]) -> None:
-    """Reads the flags and runs the loop."""
+    """Reads the flags and runs the loop, or compiles its step ahead of time."""
     with main_guard():
+        if _AOT.value is not None and _CONFIG.value is not None:
+            from muse.aot.chips import use_no_accelerator
+            from muse.aot.report import check
+
+            use_no_accelerator()
+            sys.exit(check(read_run(_CONFIG.value.to_dict()), _AOT.value))
         if _CONFIG.value is None or not _WORKDIR.value:
-            raise UserError('train.py needs --config=FILE and --workdir=DIR')
+            raise UserError('train.py needs --config=FILE and --workdir=DIR (or --aot=TOPOLOGY, which trains nothing)')
         logging.set_verbosity(logging.WARNING)
         if _DISTRIBUTED.value:
             jax.distributed.initialize()

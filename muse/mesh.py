@@ -13,43 +13,76 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from muse.config import MeshConfig
 from muse.errors import UserError
+from muse.nn.layers import ROWS
 
 AXES = ('data', 'fsdp', 'tensor')
-BATCH = P(('data', 'fsdp'))
+BATCH = P(ROWS)
 
 RULES: dict[str, str] = {
     'embed': 'fsdp',
     'mlp': 'tensor',
     'heads': 'tensor',
     'vocab': 'tensor',
+    'conv_out': 'fsdp',
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices with the axes 'data', 'fsdp', 'tensor', each left to the compiler (`AxisType.Auto`).
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Sizes of 'data', 'fsdp' and 'tensor' over so many devices.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: they do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = f'data={config.data} fsdp={config.fsdp} tensor={config.tensor}'
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f'mesh {wanted}: sizes are 1 or more, and -1 on one axis at most; change config.mesh')
     fixed = int(np.prod([size for size in sizes if size != -1]))
-    if -1 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if int(np.prod(sizes)) != len(devices):
-        raise UserError(f'mesh {wanted} does not fit {len(devices)} devices: change config.mesh')
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if -1 in sizes and devices % fixed == 0:
+        sizes[sizes.index(-1)] = devices // fixed
+    if int(np.prod(sizes)) != devices:
+        raise UserError(f'mesh {wanted} does not fit {devices} devices: change config.mesh')
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
 
 
-def _spec(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh) -> P:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices with the axes 'data', 'fsdp', 'tensor', each left to the compiler (`AxisType.Auto`).
+
+    Several TPU slices are joined along 'data', so that only the gradients' sum crosses the network between them.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices, or 'data' is no multiple of the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    types = (AxisType.Auto,) * 3
+    if devices[0].platform != 'tpu':
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    return Mesh(_tpu_grid(sizes, devices), AXES, axis_types=types)
+
+
+def _tpu_grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """TPU devices in the shape of the mesh, neighbours in it being neighbours in the torus as far as may be."""
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    data, *rest = sizes
+    if data % slices:
+        raise UserError(f'mesh data={data} is no multiple of the {slices} slices: only data may cross slices')
+    within = (data // slices, *rest)
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True, process_is_granule=False
+        )
+    return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+
+
+def _spec(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> P:
     """Splits each dimension as `RULES` says where it divides; a mesh axis is used once; the rest is replicated."""
     if len(axes) != len(shape):  # e.g. Adafactor's factored moments, which are small
         return P()
@@ -61,7 +94,7 @@ def _spec(shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh) -> P:
     return P(*spec)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A `NamedSharding` for each array of a tree of (abstract) arrays.
 
     Parameters are split by their logical axes. Optimiser states and moving averages are made from the parameters by

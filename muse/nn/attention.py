@@ -7,6 +7,7 @@ ever a softmax over nothing (docs/design.md, "The null condition").
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import jax
@@ -20,6 +21,7 @@ from muse.nn.layers import ROWS, Linear, RMSNorm, mesh_split, param, platform
 
 Backend = Literal['xla', 'cudnn', 'splash']
 _SPLASH_BLOCK = 128
+_CUDNN_BIAS = 8  # queries and keys come in multiples of this where there is a bias
 
 
 def attention(
@@ -44,10 +46,7 @@ def attention(
     if backend == 'splash':
         return _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale)
     if backend == 'cudnn':
-        bias_1NTS = None if bias_1NTS is None else bias_1NTS.astype(q_BTNH.dtype)  # it takes no other
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BSNH, v_BSNH, bias=bias_1NTS, scale=scale, implementation='cudnn', key_value_seq_lengths=lengths_B
-        )
+        return _cudnn(q_BTNH, k_BSNH, v_BSNH, lengths_B, bias_1NTS, scale)
     logits_BNTS = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * scale
     if bias_1NTS is not None:
         logits_BNTS = logits_BNTS + bias_1NTS.astype(jnp.float32)
@@ -56,6 +55,27 @@ def attention(
         logits_BNTS = jnp.where(real_BS[:, None, None, :], logits_BNTS, -jnp.inf)
     weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BSNH.dtype)
     return jnp.einsum('bnts,bsnh->btnh', weights_BNTS, v_BSNH)
+
+
+def _cudnn(q_BTNH, k_BSNH, v_BSNH, lengths_B, bias_1NTS, scale):
+    """cuDNN's kernel. A bias must have the type of the queries, and rows that are aligned: lengths are filled up."""
+    (b, t, *_), s = q_BTNH.shape, k_BSNH.shape[1]
+    if bias_1NTS is not None:
+        more_t, more_s = -t % _CUDNN_BIAS, -s % _CUDNN_BIAS
+        lengths_B = jnp.full(b, s, jnp.int32) if lengths_B is None and more_s else lengths_B
+        q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, more_t), (0, 0), (0, 0)))
+        k_BSNH, v_BSNH = (jnp.pad(x, ((0, 0), (0, more_s), (0, 0), (0, 0))) for x in (k_BSNH, v_BSNH))
+        bias_1NTS = jnp.pad(bias_1NTS, ((0, 0), (0, 0), (0, more_t), (0, more_s))).astype(q_BTNH.dtype)
+    y_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSNH, v_BSNH, bias=bias_1NTS, scale=scale, implementation='cudnn', key_value_seq_lengths=lengths_B
+    )
+    return y_BTNH[:, :t]
+
+
+def has_cudnn() -> bool:
+    """Whether 'cudnn' runs here: an NVIDIA GPU from Ampere on."""
+    found = re.fullmatch(r'(\d+)\.\d+', str(getattr(jax.local_devices()[0], 'compute_capability', '')))
+    return found is not None and int(found[1]) >= 8
 
 
 def _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale):

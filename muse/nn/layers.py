@@ -38,7 +38,7 @@ def mesh_split(size: int, *axes: str) -> tuple[str, ...] | None:
 
 
 def platform() -> str:
-    """'cpu', 'gpu' or 'tpu': of the mesh of `jax.set_mesh`, which may be of chips that are not there; else jax's."""
+    """'cpu', 'tpu' …: of the mesh of `jax.set_mesh`, which may be of chips that are not there; else jax's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device.platform if device is not None else None) or jax.default_backend()
 

@@ -10,7 +10,7 @@ from flax import nnx
 from muse.config import MeshConfig
 from muse.errors import UserError
 from muse.mesh import make_mesh
-from muse.nn.attention import MultiAxisAttention, attention, from_blocks, to_blocks
+from muse.nn.attention import MultiAxisAttention, attention, from_blocks, has_cudnn, to_blocks
 
 
 def plain(q, k, v, lengths, scale, bias):
@@ -32,6 +32,39 @@ def test_xla_backend_is_softmax_attention_over_a_prefix():
     to32 = [jnp.array(x, jnp.float32) for x in (q, k, v)]
     out = attention(*to32, lengths_B=jnp.array([1, 4]), bias_1NTS=jnp.array(bias, jnp.float32), scale=0.7)
     np.testing.assert_allclose(out, plain(q, k, v, [1, 4], 0.7, bias), atol=2e-6)
+
+
+@pytest.mark.parametrize(('queries', 'keys', 'lengths'), [(127, 127, [127, 3]), (5, 7, None), (16, 8, [8, 1])])
+def test_what_cudnn_is_given_means_the_same(queries, keys, lengths, monkeypatch):
+    """Its kernel is stood in for by the plain one, which gets what is filled up for it; the real one runs below."""
+    rng = np.random.default_rng(0)
+    q, k, v, bias = (
+        jnp.array(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, queries, 3, 8), (2, keys, 3, 8), (2, keys, 3, 8), (1, 3, queries, keys))
+    )
+    plain_kernel, seen = jax.nn.dot_product_attention, []
+
+    def stand_in(q, k, v, *, implementation, bias, **rest):
+        assert implementation == 'cudnn'
+        seen.append(bias.shape)
+        return plain_kernel(q, k, v, bias=bias, implementation='xla', **rest)
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', stand_in)
+    options = {'lengths_B': lengths and jnp.array(lengths), 'bias_1NTS': bias, 'scale': 0.7}
+    ours = attention(q, k, v, **options, backend='cudnn')
+    np.testing.assert_allclose(ours, attention(q, k, v, **options, backend='xla'), atol=2e-6)
+    assert all(side % 8 == 0 for side in seen[0][2:])
+
+
+@pytest.mark.skipif(not has_cudnn(), reason='needs an NVIDIA GPU')
+@pytest.mark.parametrize('length', [127, 128, 31])
+def test_cudnn_matches_xla(length):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (4, length, 6, 64), jnp.bfloat16) for key in keys[:3])
+    bias = jax.random.normal(keys[3], (1, 6, length, length))
+    options = {'lengths_B': jnp.array([1, 2, length - 1, length]), 'bias_1NTS': bias, 'scale': 0.125}
+    ours, theirs = (attention(q, k, v, **options, backend=backend) for backend in ('cudnn', 'xla'))
+    np.testing.assert_allclose(ours.astype('float32'), theirs.astype('float32'), atol=3e-2)
 
 
 def test_splash_kernel_matches_xla_with_lengths_and_gradients():

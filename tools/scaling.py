@@ -1,0 +1,52 @@
+"""One row of the table in docs/scaling.md: python tools/scaling.py --config=configs/paper/base_3b.py --on=v4:4x8x8
+
+`--on` is a TPU topology, for which the real step is compiled, or `h100:64`, which is arithmetic alone. Settings are
+changed as in train.py (--config.mesh.fsdp=64 ...).
+"""
+
+from __future__ import annotations
+
+import os
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from muse.aot.chips import describe, use_no_accelerator
+from muse.aot.compile import DoesNotFit, compile_step
+from muse.aot.paper import paper_row
+from muse.aot.report import COLUMNS, cost, row
+from muse.config import read_run
+from muse.errors import UserError, main_guard
+from muse.train.command_line import parse_flags
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; its keys are set by --config.a.b=value.')
+_ON = flags.DEFINE_string('on', None, 'TPU topology, e.g. v4:4x8x8, or h100:GPUS.')
+_SHARE = flags.DEFINE_float('share', 0.35, "'h100:' only: model FLOPs as a share of the peak, taken as given.")
+
+
+def main(_: list[str]) -> None:
+    """Prints the header and the row."""
+    with main_guard():
+        if _CONFIG.value is None or not _ON.value:
+            raise UserError('tools/scaling.py needs --config=FILE and --on=TOPOLOGY')
+        run = read_run(_CONFIG.value.to_dict())
+        name = os.path.basename(config_flags.get_config_filename(flags.FLAGS['config'])).removesuffix('.py')
+        use_no_accelerator()
+        if _ON.value.startswith('h100:'):
+            found = paper_row(name, run, _ON.value, _SHARE.value)
+        else:
+            try:
+                topology = describe(_ON.value)
+                found = row(name, run, cost(compile_step(run, topology), topology))
+            except DoesNotFit as error:
+                raise UserError(f'{name} on {_ON.value} needs {error.needed} of memory: see train.py --aot') from None
+        print(f'| {COLUMNS} |', '|' + ' --- |' * (COLUMNS.count('|') + 1), found, sep='\n')
+
+
+def _parse(argv: list[str]) -> list[str]:
+    with main_guard():
+        return parse_flags(argv)
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=_parse)
