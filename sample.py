@@ -1,146 +1,74 @@
 """Draws pictures from prompts: python sample.py --prompt='a red apple, noto style' --out=out/
 
-Each picture is written as <index>_<prompt>.png with prompt, seed, model and settings in its PNG text, and as a .json
-beside it. Wrong input stops with one line and exit code 2 before anything is drawn.
+A job of many prompts is a file (--prompts_file): one a line in a .txt, or rows of a .csv or .jsonl with a prompt and,
+if wanted, id, seed, negative_prompt, guidance_scale, temperature and size (256x384) of its own. Each picture is a PNG
+with its prompt, seed, model and settings in the PNG text, and as a .json beside it; manifest.jsonl lists all of them.
+Running the same command again goes on where it was stopped. Rows that cannot be used are left out, listed in
+rejects.jsonl, and end in exit code 1; other wrong input stops with one line and exit code 2 before anything is drawn.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import re
 import sys
-import tempfile
-from pathlib import Path
 
-import numpy as np
 from absl import app, flags
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 import muse
-from muse.errors import UserError, main_guard
-from muse.evals.grids import grid
+from muse.errors import main_guard
+from muse.jobs import command_line, rows
+from muse.jobs.command_line import parse
+from muse.jobs.sampling import Job, Knobs, read_prompts, sample
 
-MAX_PROMPTS_FILE = 64 * 2**20
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string('prompt', [], 'What to draw; give it several times for several prompts.')
-flags.DEFINE_string('prompts_file', None, 'Text file with one prompt a line; blank lines are skipped.')
-flags.DEFINE_string('model', None, 'Release folder; default: the model that comes with the package.')
+flags.DEFINE_string('prompts_file', None, 'More prompts: .txt (one a line), .csv or .jsonl (columns: see above).')
 flags.DEFINE_integer('num_images', 1, 'Pictures a prompt.')
-flags.DEFINE_integer('batch_size', 8, 'Pictures at a time on an accelerator.')
-flags.DEFINE_integer('seed', 0, 'The same seed gives the same pictures.')
-flags.DEFINE_integer('steps', None, "Decoding steps; default: the model's.")
-flags.DEFINE_float('guidance_scale', None, "How closely to follow the prompt, 0: no guidance; default: the model's.")
-flags.DEFINE_string('negative_prompt', None, 'What to stay away from.')
-flags.DEFINE_float('temperature', None, "Of the token sampling; default: the model's.")
-flags.DEFINE_bool('grid', False, 'Also write grid.png with all the pictures.')
+flags.DEFINE_integer('batch_size', 8, 'Pictures at a time on an accelerator, over all devices of the host.')
+flags.DEFINE_string('size', None, "Width x height in pixels, e.g. 256x384; default: the model's.")
 flags.DEFINE_string('out', 'out', 'Folder for the pictures; made when missing.')
+flags.DEFINE_enum('format', 'folder', ['folder', 'webdataset'], 'Files, or tars for WebDataset.')
+flags.DEFINE_integer('shard_size', 1000, 'Pictures a tar of --format=webdataset; skipped or drawn as a whole.')
+flags.DEFINE_bool('grid', False, 'Also write grid.png with all the pictures.')
+flags.DEFINE_bool('gif', False, 'Also write a GIF beside each picture: the tokens as they are filled in.')
+flags.DEFINE_bool('save_tokens', False, 'Also write the token ids beside each picture (.npz).')
+command_line.define_knobs()
 
 
-def read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    """The prompts of the flags, then those of the file."""
-    prompts = list(prompts)
-    if file is not None:
-        path = Path(file)
-        try:
-            if path.stat().st_size > MAX_PROMPTS_FILE:
-                raise UserError(f"prompts file '{file}' is over 64 MB: split it")
-            lines = path.read_text(encoding='utf-8-sig').splitlines()
-        except UnicodeDecodeError:
-            raise UserError(f"prompts file '{file}' is not UTF-8 text: save it as UTF-8, one prompt a line") from None
-        except OSError as error:
-            raise UserError(f"prompts file '{file}' cannot be read ({error.strerror}): check the path") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UserError(f"prompts file '{file}' holds no prompt: write one a line")
-        prompts += found
-    if not prompts:
-        raise UserError("no prompt was given: add --prompt='a red apple' or --prompts_file=FILE")
-    return prompts
-
-
-def open_folder(out: str) -> Path:
-    """Makes the output folder and tries that files can be written into it."""
-    if not out:
-        raise UserError('--out is empty: name a folder')
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output folder '{out}' cannot be written ({error.strerror}): choose another --out") from None
-    return folder
-
-
-def file_stem(index: int, prompt: str) -> str:
-    """'0003_a-red-apple': at most 60 letters and digits of the prompt behind the picture's index."""
-    slug = re.sub(r'[^a-z0-9]+', '-', prompt.lower()).strip('-')[:60].strip('-')
-    return f'{index:04d}_{slug or "picture"}'
-
-
-def write(folder: Path, stem: str, image: Image.Image, about: dict) -> None:
-    """Writes PNG and JSON, each beside its place and then moved, so that none is ever half-written."""
-    text = PngInfo()
-    for key, value in about.items():
-        text.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    tmp = folder / f'.{stem}.{os.getpid()}.tmp'
-    try:
-        image.save(tmp, format='PNG', pnginfo=text)
-        os.replace(tmp, folder / f'{stem}.png')
-        tmp.write_text(json.dumps(about, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-        os.replace(tmp, folder / f'{stem}.json')
-    except OSError as error:
-        raise UserError(f"'{folder / stem}.png' cannot be written ({error.strerror}): free some space") from None
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"argument '{argv[1]}' is not behind a flag: write --prompt='{argv[1]}'")
-    prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
+def main(argv: list[str]) -> int:
+    """Draws what the flags say; the exit code."""
+    command_line.no_arguments(argv, lambda argument: f"--prompt='{argument}'")
+    given = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
+    process, processes = command_line.processes()
     model = muse.load(FLAGS.model)
-    settings = model.settings(FLAGS.seed, FLAGS.steps, FLAGS.guidance_scale, FLAGS.temperature, FLAGS.negative_prompt)
-    pictures = model.stream(prompts, settings, num_images=FLAGS.num_images, batch_size=FLAGS.batch_size)
-    folder = open_folder(FLAGS.out)
-
-    total, drawn = len(prompts) * FLAGS.num_images, []
-    for index, image in enumerate(tqdm(pictures, total=total, unit='picture', disable=None)):
-        prompt = prompts[index // FLAGS.num_images]
-        about = {
-            'prompt': prompt,
-            'index': index,
-            'model': model.release.name,
-            **dataclasses.asdict(settings),
-            'muse_version': muse.__version__,
-        }
-        write(folder, file_stem(index, prompt), image, about)
-        if FLAGS.grid:
-            drawn.append(np.asarray(image))
-    if FLAGS.grid:
-        columns = FLAGS.num_images if FLAGS.num_images > 1 else min(total, 4)
-        about = {'prompts': prompts, 'model': model.release.name, **dataclasses.asdict(settings)}
-        captions = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
-        write(folder, 'grid', grid(np.stack(drawn), columns=columns, captions=captions), about)
-    print(f'{total} picture{"s" * (total > 1)} in {folder}/')
-
-
-def parse(argv: list[str]) -> list[str]:
-    """absl's parser with its errors as one line and exit code 2."""
-    with main_guard():
-        try:
-            return FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(' '.join(str(error).split())) from None
+    knobs = Knobs(
+        decoding=command_line.decoding(model.release),
+        superres=command_line.superres(model.release),
+        seed=FLAGS.seed,
+        negative_prompt=FLAGS.negative_prompt,
+        size=None if FLAGS.size is None else rows.size(FLAGS.size),
+    )
+    job = Job(
+        prompts_file=FLAGS.prompts_file,
+        out=FLAGS.out,
+        num_images=FLAGS.num_images,
+        batch_size=FLAGS.batch_size,
+        form=FLAGS.format,
+        shard_size=FLAGS.shard_size,
+        grid=FLAGS.grid,
+        gif=FLAGS.gif,
+        save_tokens=FLAGS.save_tokens,
+        overwrite=FLAGS.overwrite,
+    )
+    report = sample(model, job, knobs, given, process, processes)
+    print(report.line(FLAGS.out))
+    return 1 if report.rejects else 0
 
 
 def guarded(argv: list[str]) -> None:
+    """As a script: errors of the user are one line and exit code 2."""
     with main_guard():
-        main(argv)
+        if code := main(argv):
+            sys.exit(code)
 
 
 if __name__ == '__main__':

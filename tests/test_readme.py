@@ -16,7 +16,7 @@ from test_configs import config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
-PATH = re.compile(r'(?<![\w./-])((?:muse|tools|configs|tests|docs)/[\w./*-]*[\w/*]|(?:train|sample)\.py)')
+PATH = re.compile(r'(?<![\w./-])((?:muse|tools|configs|tests|docs)/[\w./*-]*[\w/*]|(?:train|sample|edit)\.py)')
 COMMANDS = re.compile(r'^\s*(?:\.venv/bin/)?python (?:-m pytest [^\n]*|((?:tools/)?\w+\.py)(.*))$', re.MULTILINE)
 SHARED_FLAGS = {'help', 'helpfull'}
 
@@ -42,8 +42,10 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 def defined_flags(script: str) -> set[str]:
     """The flags that a script defines, read from its source."""
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+    names, source = set(), (ROOT / script).read_text()
+    if 'define_knobs()' in source:  # shared by sample.py and edit.py
+        source += (ROOT / 'muse/jobs/command_line.py').read_text().split('from __future__ import annotations')[1]
+    for node in ast.walk(ast.parse(source)):
         call = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ''
         if isinstance(node, ast.Call) and (call.startswith('DEFINE_') or call == 'add_argument'):
             names.add(ast.literal_eval(node.args[0]).removeprefix('--'))
@@ -68,6 +70,8 @@ def test_flags_of_commands_exist():
     wrong = []
     for document, script, arguments in found:
         known = defined_flags(script) | SHARED_FLAGS
+        if script == 'tools/bench.py':  # each bench defines its own
+            known |= defined_flags(f'tools/bench_{arguments[0]}.py')
         names = [argument[2:].split('=')[0] for argument in arguments if argument.startswith('--')]
         wrong += [f'{document}: {script} --{name}' for name in names if name.split('.')[0] not in known]
     assert not wrong

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from shell import ENVIRONMENT, ROOT, contents, run_all
 
-ROOT = Path(__file__).parents[1]
-
-# Runs several command lines in one process, to import JAX once; a traceback ends it and fails the test.
-DRIVER = """
-import contextlib, io, json, sys
-import sample
-from absl.testing import flagsaver
-
-results = []
-for args in json.load(sys.stdin):
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            sample.guarded(sample.parse(['sample.py', *args]))
-        except SystemExit as stop:
-            code = stop.code
-    results.append([code, out.getvalue(), err.getvalue()])
-json.dump(results, sys.stdout)
-"""
-
-
-def run_all(command_lines: list[list[str]]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each command line."""
-    done = subprocess.run(
-        [sys.executable, '-c', DRIVER],
-        input=json.dumps(command_lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return [tuple(result) for result in json.loads(done.stdout)]
+from muse.config import DataConfig, DecodeConfig, read
+from muse.data.webdataset import WebDataset
+from muse.jobs.sampling import Knobs
+from muse.pipeline import Row
 
 
 def test_the_script_itself(release_folder, tmp_path):
@@ -53,12 +30,12 @@ def test_the_script_itself(release_folder, tmp_path):
     command = [sys.executable, 'sample.py', '--prompt=a red apple', '--prompt=Two dogs, left & right!', '--grid']
     command += [f'--model={release_folder}', f'--out={out}', '--num_images=2', '--seed=5', '--steps=3']
     command += ['--negative_prompt=a cat', '--guidance_scale=2.5', '--temperature=0.9']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout and '4 pictures' in done.stdout
     stems = ['0000_a-red-apple', '0001_a-red-apple', '0002_two-dogs-left-right', '0003_two-dogs-left-right', 'grid']
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        f'{stem}.{end}' for stem in stems for end in ('json', 'png')
+        [*(f'{stem}.{end}' for stem in stems for end in ('json', 'png')), 'manifest.jsonl']
     )
 
     image = Image.open(out / '0003_two-dogs-left-right.png')
@@ -85,13 +62,14 @@ def test_files_seeds_and_warnings(model, tmp_path):
     file = tmp_path / 'prompts.txt'
     file.write_text('\ufeffa red apple\n\n  a cat  \n', encoding='utf-8')
     results = run_all(
+        'sample',
         [
             [f'--prompts_file={file}', model, f'--out={tmp_path / "a"}', '--batch_size=1'],
             ['--prompt=a red apple', '--prompt=a cat', model, f'--out={tmp_path / "b"}', '--batch_size=4'],
             ['--prompt= ', model, f'--out={tmp_path / "c"}'],
             ['--prompt=' + 'a red apple ' * 30 + 'ñ', model, f'--out={tmp_path / "d"}'],
             ['--prompt=ünïcode 🍎/../..', model, f'--out={tmp_path / "e"}'],
-        ]
+        ],
     )
     assert [code for code, _, _ in results] == [0] * 5
     for stem in ('0000_a-red-apple.png', '0001_a-cat.png'):
@@ -106,6 +84,7 @@ def test_files_seeds_and_warnings(model, tmp_path):
 
 def test_wrong_input_is_one_line_and_exit_code_2(release_folder, model, tmp_path):
     (tmp_path / 'file').write_text('in the way')
+    (tmp_path / 'p.xlsx').write_text('prompt')
     (tmp_path / 'blank.txt').write_text(' \n\n')
     (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
     (tmp_path / 'huge.txt').write_text('x' * 1_000_001)
@@ -136,6 +115,18 @@ def test_wrong_input_is_one_line_and_exit_code_2(release_folder, model, tmp_path
         ([out, model, prompt, '--seed=-1'], 'seed is -1'),
         ([out, model, prompt, '--guidance_scale=-1'], 'guidance_scale is -1'),
         ([out, model, prompt, '--temperature=nan'], 'temperature is nan'),
+        ([out, model, prompt, '--size=17x17'], 'multiples of 4'),
+        ([out, model, prompt, '--size=16'], '256x256'),
+        ([out, model, prompt, '--top_p=0'], 'top_p is 0'),
+        ([out, model, prompt, '--top_k=-1'], 'top_k is -1'),
+        ([out, model, prompt, '--guidance_interval=0.5'], '0.2,0.8'),
+        ([out, model, prompt, '--guidance_interval=0.8,0.2'], 'behind its end'),
+        ([out, model, prompt, '--order=spiral'], 'spiral'),
+        ([out, model, prompt, '--superres_steps=2'], 'holds no super-res'),
+        ([out, model, prompt, '--shard_size=0'], 'shard_size is 0'),
+        ([out, model, prompt, '--grid', '--num_images=1001'], 'up to 1000 pictures'),
+        ([out, model, f'--prompts_file={tmp_path / "p.xlsx"}'], "ends in '.xlsx'"),
+        ([out, model, prompt, '--distributed'], '--distributed'),
         ([out, prompt, f'--model={tmp_path / "nowhere"}'], 'nowhere'),
         ([out, prompt, f'--model={broken}'], 'truncated or corrupted'),
         ([out, prompt, f'--model={missing}'], 'tokenizer.safetensors'),
@@ -144,10 +135,145 @@ def test_wrong_input_is_one_line_and_exit_code_2(release_folder, model, tmp_path
         ([f'--out={tmp_path / "file" / "below"}', model, prompt], 'cannot be written'),
         (['--out=/proc/muse', model, prompt], 'cannot be written'),
     ]
-    for (args, said), (code, stdout, stderr) in zip(cases, run_all([args for args, _ in cases]), strict=True):
+    for (args, said), (code, stdout, stderr) in zip(cases, run_all('sample', [args for args, _ in cases]), strict=True):
         assert code == 2, (args, code, stderr)
         assert stderr.startswith('error: ') and stderr.count('\n') == 1 and stderr.endswith('\n'), (args, stderr)
         assert said in stderr, (args, stderr)
         assert stdout == ''
     assert not (tmp_path / 'out').exists()
     assert (tmp_path / 'file').read_text() == 'in the way'
+
+
+ROWS = """id,prompt,seed,negative_prompt,guidance_scale,temperature,size
+,a red apple,,,,,
+own,a cat,9,a dog,0.5,0.3,
+,bad seed,-1,,,,
+tall,"a dog left",,,,,16x24
+,three,fields
+"""
+
+
+@pytest.fixture(scope='module')
+def job(model, tmp_path_factory):
+    """(its rows' file, the folder of a job with everything beside its pictures)"""
+    folder = tmp_path_factory.mktemp('job')
+    (folder / 'rows.csv').write_text(ROWS)
+    args = [f'--prompts_file={folder / "rows.csv"}', model, '--num_images=2', '--seed=4', '--steps=3']
+    args += ['--gif', '--save_tokens', '--order=halton', '--top_k=5', '--guidance_interval=0,0.9']
+    again = [*args, f'--out={folder / "out"}']
+    other = [*args[:3], '--seed=5', f'--out={folder / "out"}']
+    results = run_all('sample', [again, again, other, [*args, f'--out={folder / "tars"}', '--format=webdataset']])
+    return folder, results
+
+
+def test_a_job_of_rows(job):
+    folder, (first, again, other, _) = job
+    assert first[0] == again[0] == 1 and other[0] == 2  # rows were left out; another job's pictures are in the way
+    assert first[2].count('is left out') == 2 and 'line 4' in first[2] and 'line 6' in first[2]
+    assert first[1] == f'6 pictures in {folder}/out/\n'
+    assert again[1] == f'6 pictures in {folder}/out/, 6 of them there already\n'
+    assert 'was drawn otherwise' in other[2] and other[2].startswith('error: ') and other[2].count('\n') > 0
+    stems = ['0000_a-red-apple', '0001_a-red-apple', 'own_0', 'own_1', 'tall_0', 'tall_1']
+    endings = ('gif', 'json', 'npz', 'png')
+    names = [f'{stem}.{end}' for stem in stems for end in endings]
+    assert sorted(contents(folder / 'out')) == sorted([*names, 'manifest.jsonl', 'rejects.jsonl'])
+    rejects = [json.loads(line) for line in (folder / 'out/rejects.jsonl').read_text().splitlines()]
+    assert [reject['line'] for reject in rejects] == [4, 6] and 'seed is -1' in rejects[0]['error']
+    with Image.open(folder / 'out/tall_1.png') as tall:
+        assert tall.size == (16, 24)
+
+
+def test_a_line_of_the_manifest_draws_its_picture_again(job, tiny_model):
+    folder = job[0] / 'out'
+    lines = [json.loads(line) for line in (folder / 'manifest.jsonl').read_text().splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        knobs = read(DecodeConfig, {field.name: line[field.name] for field in dataclasses.fields(DecodeConfig)})
+        shared = Knobs(
+            decoding=knobs, superres=False, seed=line['seed'], negative_prompt=line['negative_prompt'], size=None
+        )
+        settings = shared.settings(tiny_model, tuple(line['size']))
+        [drawn] = tiny_model.draw([Row(prompt=line['prompt'], index=line['index'])], settings)
+        image = Image.open(folder / line['file'])
+        # The test's own process compiles with other options, which may round a pixel otherwise.
+        assert np.abs(np.asarray(drawn.image).astype(int) - np.asarray(image)).max() <= 1
+        with np.load((folder / line['file']).with_suffix('.npz')) as tokens:
+            np.testing.assert_array_equal(tokens['low'], drawn.low)
+        with Image.open((folder / line['file']).with_suffix('.gif')) as gif:
+            assert gif.n_frames == 3 and gif.size == image.size  # pyright: ignore[reportAttributeAccessIssue]
+        assert image.text['top_k'] == '5'  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_shards_are_read_as_training_data_is(job):
+    folder, results = job
+    assert results[3][0] == 1
+    assert sorted(contents(folder / 'tars')) == ['00000.tar', '00001.tar', 'manifest.jsonl', 'rejects.jsonl']
+    found = WebDataset(
+        DataConfig(kind='webdataset', path=str(folder / 'tars'), image_key='png', caption_key='txt', image_size=16)
+    )
+    assert len(found) == 6
+
+
+def command(model: str, out: Path, *more: str) -> list[str]:
+    rows = '--prompts_file=' + str(out.parent / 'rows.jsonl')
+    return [sys.executable, 'sample.py', rows, model, f'--out={out}', '--num_images=3', '--gif', '--grid', *more]
+
+
+def kill_and_restart(model: str, folder: Path, rows: int, kills: int, *more: str) -> None:
+    """The same job uninterrupted, and killed at random moments while it draws: the same files, to the byte."""
+    lines = [json.dumps({'prompt': f'{n} red dogs', 'seed': n} if n % 2 else {'prompt': 'a cat'}) for n in range(rows)]
+    (folder / 'rows.jsonl').write_text('\n'.join(lines))
+    whole = subprocess.run(command(model, folder / 'whole', *more), cwd=ROOT, env=ENVIRONMENT, timeout=300)
+    assert whole.returncode == 0
+    rng, killed = random.Random(kills), folder / 'killed'
+    for _ in range(kills):
+        process = subprocess.Popen(command(model, killed, *more), cwd=ROOT, env=ENVIRONMENT)
+        before, deadline = len(list(killed.glob('*'))), time.monotonic() + 100
+        while process.poll() is None and len(list(killed.glob('*'))) <= before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if not more:
+        assert 0 < len(contents(killed)) < len(contents(folder / 'whole'))
+    assert subprocess.run(command(model, killed, *more), cwd=ROOT, env=ENVIRONMENT, timeout=300).returncode == 0
+    assert contents(killed) == contents(folder / 'whole')
+
+
+def test_killed_and_restarted_gives_the_same_files(model, tmp_path):
+    kill_and_restart(model, tmp_path, 15, 1)
+
+
+JOIN = """
+import sys, jax
+address, process, *args = sys.argv[1:]
+jax.distributed.initialize(address, num_processes=2, process_id=int(process))
+import sample
+sample.guarded(sample.parse(['sample.py', *args]))
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_write_what_one_does(model, tmp_path):
+    (tmp_path / 'p.txt').write_text('\n'.join(f'{n} red dogs' for n in range(21)))
+    args = [f'--prompts_file={tmp_path / "p.txt"}', model, '--grid']
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        address = f'localhost:{free.getsockname()[1]}'
+    both = [
+        subprocess.Popen(
+            [sys.executable, '-c', JOIN, address, str(process), *args, f'--out={tmp_path / "both"}'],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+        )
+        for process in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    [(code, _, _)] = run_all('sample', [[*args, f'--out={tmp_path / "one"}']])
+    assert code == 0 and contents(tmp_path / 'both') == contents(tmp_path / 'one')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [(), ('--format=webdataset', '--shard_size=40')])
+def test_killed_many_times(model, tmp_path, more):
+    kill_and_restart(model, tmp_path, 300, 6, *more)

@@ -1,0 +1,108 @@
+"""Edits a picture: python edit.py --image=apple.png --mask=mask.png --prompt='a green apple, noto style' --out=edited/
+
+    --mask=FILE               paint anew where the mask is white (128 or more); what is black stays, bit for bit
+    --box=x0,y0,x1,y1         the same for a box of pixels
+    --outpaint=left=128,right=64   grow the picture (left, top, right, bottom)
+    --free                    change the whole picture towards the prompt, without a mask
+    --variation=0.5           another picture like this one; 0 is the same, 1 a new one
+    --upscale                 twice as large, by the super-res of a release that holds one
+
+Many edits are rows of a .csv or .jsonl file (--jobs) with an image, one of mask, box, outpaint, free, variation and
+upscale, a prompt and, if wanted, id, seed, steps, guidance_scale, temperature and negative_prompt; their paths start at
+the file's folder. Output, restarts, rejected rows and exit codes are as those of sample.py.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, flags
+
+import muse
+from muse.config import FreeEditConfig
+from muse.errors import UserError, main_guard
+from muse.jobs import command_line
+from muse.jobs.command_line import parse
+from muse.jobs.editing import EditJob, edit_all, read_edits
+from muse.jobs.edits import KINDS, EditKnobs
+from muse.jobs.sampling import Knobs
+from muse.settings import override
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('image', None, 'The picture to edit.')
+flags.DEFINE_string('prompt', None, 'What the edited picture shows, or the part of it around the mask.')
+flags.DEFINE_string('mask', None, "White where the picture is painted anew; of the picture's size.")
+flags.DEFINE_string('box', None, 'Instead of a mask: x0,y0,x1,y1 in pixels, x1 and y1 not included.')
+flags.DEFINE_string('outpaint', None, 'New pixels a side: left=128,top=0,right=64,bottom=0.')
+flags.DEFINE_bool('free', False, 'Without a mask: a share of the tokens is drawn anew again and again.')
+flags.DEFINE_float('variation', None, 'Share of the tokens that is drawn anew, 0 to 1.')
+flags.DEFINE_bool('upscale', False, 'Draw the picture anew by the super-res.')
+flags.DEFINE_string('jobs', None, 'Many edits: .csv or .jsonl (columns: see above).')
+flags.DEFINE_float('context', 2.0, 'Size of the window that is painted, over that of the mask.')
+flags.DEFINE_integer('iterations', None, 'Of --free; fewer change less.')
+flags.DEFINE_float('share', None, 'Of the tokens, drawn in one iteration of --free.')
+flags.DEFINE_list('frames', [], 'Iterations of --free that the strip shows, e.g. 25,50,75.')
+flags.DEFINE_bool('strip', False, 'Also write before and after side by side.')
+flags.DEFINE_string('out', 'edited', 'Folder for the pictures; made when missing.')
+flags.DEFINE_enum('format', 'folder', ['folder', 'webdataset'], 'Files, or tars for WebDataset.')
+flags.DEFINE_integer('shard_size', 1000, 'Pictures a tar of --format=webdataset; skipped or done as a whole.')
+command_line.define_knobs()
+
+
+def row_of_flags() -> dict:
+    """The one edit that stands on the command line, as a row of a file would say it."""
+    values = {name: FLAGS[name].value for name in ('image', 'prompt', *KINDS)}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def frames() -> list[int]:
+    """The iterations to show."""
+    try:
+        return [int(frame) for frame in FLAGS.frames]
+    except ValueError:
+        raise UserError(f'--frames={",".join(FLAGS.frames)}: write iterations as 25,50,75') from None
+
+
+def main(argv: list[str]) -> int:
+    """Edits as the flags say; the exit code."""
+    command_line.no_arguments(argv, lambda argument: f"--image='{argument}'")
+    given, shown = read_edits(row_of_flags(), FLAGS.jobs), frames()
+    process, processes = command_line.processes()
+    model = muse.load(FLAGS.model)
+    knobs = EditKnobs(
+        drawing=Knobs(
+            decoding=command_line.decoding(model.release),
+            superres=command_line.superres(model.release),
+            seed=FLAGS.seed,
+            negative_prompt=FLAGS.negative_prompt,
+            size=None,
+        ),
+        context=FLAGS.context,
+        free=override(
+            FreeEditConfig(), iterations=FLAGS.iterations, share=FLAGS.share, top_k=FLAGS.top_k, top_p=FLAGS.top_p
+        ),
+        given={'guidance_scale': FLAGS.guidance_scale, 'temperature': FLAGS.temperature},
+    )
+    job = EditJob(
+        out=FLAGS.out,
+        jobs_file=FLAGS.jobs,
+        form=FLAGS.format,
+        shard_size=FLAGS.shard_size,
+        strip=FLAGS.strip,
+        frames=shown,
+        overwrite=FLAGS.overwrite,
+    )
+    report = edit_all(model, job, knobs, given, process, processes)
+    print(report.line(FLAGS.out))
+    return 1 if report.rejects else 0
+
+
+def guarded(argv: list[str]) -> None:
+    """As a script: errors of the user are one line and exit code 2."""
+    with main_guard():
+        if code := main(argv):
+            sys.exit(code)
+
+
+if __name__ == '__main__':
+    app.run(guarded, argv=sys.argv, flags_parser=parse)

@@ -1,0 +1,192 @@
+"""Draws a plan into a store: what is there is skipped, the rest drawn unit by unit, in as many processes as there are.
+
+A job that is killed at any moment and started again ends with the same files, byte for byte, as one that was not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from muse.errors import UserError
+from muse.jobs.plan import Item, Plan, share
+from muse.jobs.rows import Reject
+from muse.jobs.stores import ABOUT, PICTURE, Files, Folder, Place, Shards, Store, open_folder
+
+if TYPE_CHECKING:
+    from muse.pipeline import Muse
+
+MANIFEST, REJECTS = 'manifest.jsonl', 'rejects.jsonl'
+_WORKERS, _AHEAD = 2, 16  # threads that compress pictures, and how many pictures may wait for it
+
+Draw = Callable[[int, list[Item]], Iterable[Any]]  # unit, its pictures → one result for each
+Pack = Callable[[Item, Any], Files]  # a result → the picture's files
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has done."""
+
+    drawn: int  # pictures of this process
+    kept: int  # those of them that were there already
+    complete: bool  # whether those of all processes are there
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a job."""
+
+    outcome: Outcome
+    pictures: int  # of all processes
+    rejects: int
+
+    def line(self, out: str) -> str:
+        """What is said in the end."""
+        kept, done = self.outcome.kept, self.outcome.kept + self.outcome.drawn
+        folder = f'{out.rstrip("/")}/' + (f', {kept} of them there already' if kept else '')
+        if self.outcome.complete:
+            return f'{self.pictures} picture{"s" * (self.pictures > 1)} in {folder}'
+        return f'{done} of {self.pictures} pictures in {folder}; those of the other processes are still to come'
+
+
+def open_store(out: str, form: str, endings: Sequence[str], process: int = 0, count: int = 1) -> Store:
+    """The output folder, tried and swept; `form` is 'folder' or 'webdataset'."""
+    place = Place(open_folder(out), process, count)
+    place.sweep()
+    return Shards(place, endings) if form == 'webdataset' else Folder(place, endings)
+
+
+def run(
+    plan: Plan, store: Store, draw: Draw, pack: Pack, *, process: int = 0, count: int = 1, overwrite: bool = False
+) -> Outcome:
+    """Draws this process's share of a plan, and writes the manifest once all shares are there.
+
+    Args:
+        plan: the job.
+        store: where to.
+        draw: draws a whole unit, also when only a part of it is missing: in batches, no picture then changes.
+        pack: turns a result into files; runs in threads.
+        process, count: which of how many processes this is.
+        overwrite: draw all of it again.
+
+    Raises:
+        UserError: the disk is full, or another job's files are in the way (before anything is drawn).
+    """
+    others = _lines_of_others(plan, store)
+    todo, drawn, kept, total = [], 0, 0, 0
+    for unit in share(len(plan), process, count):
+        items = plan.items(unit)
+        missing = len(items) if overwrite else len(store.missing(unit, items))
+        kept, total = kept + len(items) - missing, total + len(items)
+        todo += [unit] if missing else []
+    with ThreadPoolExecutor(_WORKERS) as pool, _bar(total, kept) as bar:
+        for unit in todo:
+            items = plan.items(unit)
+            wanted = items if overwrite else store.missing(unit, items)
+            made = _packed(pool, pack, items, draw(unit, items))
+            for _ in store.write(unit, made, wanted):
+                drawn += 1
+                bar.update()
+    complete = count == 1 or not any(store.missing(unit, plan.items(unit)) for unit in range(len(plan)))
+    if complete:
+        write_manifest(plan, store, others)
+    return Outcome(drawn, kept, complete)
+
+
+def _bar(total: int, kept: int) -> tqdm:
+    """Pictures a second and the time left; nothing where stderr is no terminal."""
+    return tqdm(total=total, initial=kept, unit='picture', smoothing=0.1, disable=None)
+
+
+def _packed(
+    pool: ThreadPoolExecutor, pack: Pack, items: list[Item], made: Iterable[Any]
+) -> Iterator[tuple[Item, Files]]:
+    """Results in their order, compressed while the next ones are drawn."""
+    waiting: deque[tuple[Item, Future[Files]]] = deque()
+    for item, result in zip(items, made, strict=True):
+        waiting.append((item, pool.submit(pack, item, result)))
+        while waiting and (len(waiting) > _AHEAD or waiting[0][1].done()):
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for item, future in waiting:
+        yield item, future.result()
+
+
+def _lines_of_others(plan: Plan, store: Store) -> list[bytes]:
+    """Lines of the manifest that is there about pictures of other jobs which still lie in the folder."""
+    path = store.place.folder / MANIFEST
+    if not path.exists():
+        return []
+    own = {_key(store.names(unit, item)) for unit in range(len(plan)) for item in plan.items(unit)}
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        try:
+            key = _key(json.loads(line))
+        except (ValueError, AttributeError, KeyError):
+            raise UserError(f"'{path}' line {number} is no line of a manifest: move the file away") from None
+        if key not in own and (store.place.folder / (key[0] or key[1])).exists():
+            found.append(line)
+    return found
+
+
+def _key(line: dict[str, str]) -> tuple[str, str]:
+    """Where a line's picture lies: the tar, if any, and the file."""
+    return line.get('shard', ''), line['file']
+
+
+def write_manifest(plan: Plan, store: Store, others: Sequence[bytes]) -> None:
+    """manifest.jsonl: a line a picture, in the order of drawing, with everything needed to draw it again.
+
+    `others`: lines that stay before them.
+    """
+    with store.place.writing(MANIFEST) as stream:
+        stream.writelines(others)
+        for unit in range(len(plan)):
+            for item in plan.items(unit):
+                line = store.names(unit, item) | item.about
+                stream.write((json.dumps(line, ensure_ascii=False) + '\n').encode())
+
+
+def write_rejects(place: Place, rejects: Sequence[Reject]) -> Path:
+    """rejects.jsonl: rows that were left out, each with its line and the reason. Where there are none, no such file."""
+    if rejects:
+        lines = [json.dumps(reject._asdict(), ensure_ascii=False) + '\n' for reject in rejects]
+        place.write(REJECTS, ''.join(lines).encode(errors='replace'))
+    else:
+        try:
+            (place.folder / REJECTS).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"'{place.folder / REJECTS}' cannot be removed ({error.strerror})") from None
+    return place.folder / REJECTS
+
+
+def identity(model: Muse) -> dict[str, Any]:
+    """What is written of a release beside its pictures: its name, and the first digits of each part's hash."""
+    release = model.release
+    parts = ('base', 'superres', 'tokenizer', 'superres_tokenizer', 'text_encoder')
+    hashes = {name: part.hash[:12] for name in parts if (part := getattr(release, name)) is not None}
+    return {'model': release.name, 'weights': hashes}
+
+
+def picture_files(image: Image.Image, about: dict[str, Any], about_json: bytes) -> Files:
+    """PNG with what is known of the picture in its text, and the same as JSON."""
+    return {PICTURE: png(image, about), ABOUT: about_json}
+
+
+def png(image: Image.Image, about: dict[str, Any]) -> bytes:
+    """A PNG file with texts."""
+    text, stream = PngInfo(), io.BytesIO()
+    for key, value in about.items():
+        text.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    image.save(stream, format='PNG', pnginfo=text)
+    return stream.getvalue()
