@@ -37,7 +37,7 @@ def examples(model: muse.Muse, data: str, split: str, number: int, seed: int):
     tokens, states, lengths, captions = [], [], [], []
     for index in chosen:
         img_HWC, caption = scenes.plain(sprites, int(index), model.size[0])
-        txt_SD, length = model.text_states(caption)
+        txt_SD, length = model.cascade.texts([caption])[caption]
         tokens.append(model.encode(Image.fromarray(img_HWC)).reshape(-1))
         states.append(np.asarray(txt_SD))
         lengths.append(length)
