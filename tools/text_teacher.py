@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from muse.errors import UserError
-from muse.release.storage import SCALE, pack, unpack
+from muse.release.storage import SCALE, pack_tensor, unpack
 
 FILES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt')
 MAX_TOKENS = 64
@@ -36,7 +36,8 @@ def shrink(source: Path, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.T for k, v in load_file(source / 'model.safetensors').items() if v.dtype.kind == 'f'}
-    packed = pack(weights, frozenset(), 'int8')  # transposed: a scale for each output, and for each word
+    # Transposed: a scale for each output, and for each word.
+    packed = {n: x for k, v in weights.items() for n, x in pack_tensor(k, v, 0, 'int8').items()}
     save_file({k: np.ascontiguousarray(v) for k, v in packed.items()}, folder / 'model.safetensors')
     for name in FILES:
         shutil.copy(source / name, folder / name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from muse.config import DataConfig
 from muse.data import precomputed, scenes
-from muse.data.examples import Source, make_example
+from muse.data.examples import BadExample, Source, make_example
 from muse.data.folder import index_folder
 from muse.data.splits import TRAIN
 from muse.data.sprites import Sprites, load_sprites
@@ -133,14 +133,19 @@ class _Tfds(Source):
         except NotImplementedError as error:
             raise UserError(f'{data.name} cannot be read at random ({str(error).splitlines()[0]})') from None
         self._data = data
+        if len(self._records) and _caption(self._records[0], data.caption_key, np.random.default_rng(0)) is None:
+            raise UserError(
+                f"data.caption_key '{data.caption_key}' leads to no text in {data.name}, whose features are "
+                f'{" ".join(str(builder.info.features).split())}: name one of Text, inside others as captions/text'
+            )
 
     def __len__(self) -> int:
         return len(self._records)
 
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
-        row = self._records[record]
-        caption = _caption(row, self._data.caption_key, rng)
-        name = f'record {record} of {self._data.name}'
+        row, name = self._records[record], f'record {record} of {self._data.name}'
+        if (caption := _caption(row, self._data.caption_key, rng)) is None:
+            raise BadExample(name, f"it has no text at '{self._data.caption_key}'")
         return make_example(row[self._data.image_key], caption, name, self._data, rng)
 
 
@@ -162,13 +167,17 @@ class _Precomputed(Source):
         return precomputed.decode_record(self._records[record], self._text_length)
 
 
-def _caption(row: Any, key: str, rng: np.random.Generator) -> str:
-    """The caption under a key such as 'captions/text'; of several, one by chance."""
+def _caption(row: Any, key: str, rng: np.random.Generator) -> str | None:
+    """The caption under a key such as 'captions/text', of several one by chance; None: there is no text."""
     value: Any = row
     for part in key.split('/'):
-        value = [item[part] for item in value] if isinstance(value, list) else value[part]
+        try:
+            value = [item[part] for item in value] if isinstance(value, list) else value[part]
+        except (KeyError, TypeError, IndexError):
+            return None
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list):
         value = value[int(rng.integers(len(value)))] if value else ''
-    return value.decode(errors='replace') if isinstance(value, bytes) else str(value)
+    text = value.decode(errors='replace') if isinstance(value, bytes) else value
+    return text if isinstance(text, str) else None

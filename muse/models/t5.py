@@ -7,6 +7,7 @@ biases, and one table of relative-position biases that all layers share. Left ou
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from muse.config import T5Config
-from muse.nn.attention import Backend, attention
+from muse.nn.attention import Backend, attention, has_cudnn
 from muse.nn.layers import Linear, RMSNorm, param, scan_layers, stack, take_rows
 
 
@@ -34,6 +35,12 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
     wide_SS = np.minimum(exact + wide_SS.astype(np.int32), half - 1)
     bucket_SS = np.where(np.abs(distance_SS) < exact, np.abs(distance_SS), wide_SS)
     return (bucket_SS + half * (distance_SS > 0)).astype(np.int32)
+
+
+def native(config: T5Config) -> T5Config:
+    """The config with the fastest attention of this machine: cuDNN's where there is one and it takes the type."""
+    fast = config.dtype == 'bfloat16' and has_cudnn()
+    return dataclasses.replace(config, attention='cudnn' if fast else 'xla')
 
 
 class TokenEmbedder(nnx.Module):

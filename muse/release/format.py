@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh
 
 from muse.config import (
     DecodeConfig,
+    Dtype,
     PublicVQConfig,
     SuperresConfig,
     T5Config,
@@ -39,7 +38,8 @@ from muse.config import (
     to_dict,
 )
 from muse.errors import UserError
-from muse.release.storage import SCALE, Storage, content_hash, pack, unpack
+from muse.release.storage import SCALE, Kind, Storage, kinds, pack_tensor
+from muse.release.stored import FileTensor, Scaled, load_params, open_safetensors, stored_hash, write_safetensors
 
 FORMAT = 1
 VOCABULARY = 'spiece.model'
@@ -55,7 +55,7 @@ _OWN_KEYS = ('config', 'sha256', 'storage', 'parameters')
 
 @dataclass(frozen=True)
 class Part:
-    """One loaded model: `params` has float32 leaves; `extra` is what the exporter wrote beside the config."""
+    """One loaded model: `params` are float32 unless asked otherwise; `extra` is what the exporter wrote beside."""
 
     config: Any
     params: nnx.State
@@ -139,43 +139,49 @@ def save_part(
         UserError: the folder cannot be written, or a parameter is not finite.
     """
     folder = Path(folder)
-    tensors, stacked = _named(jax.device_get(params))
-    packed = pack(tensors, stacked, storage)
+    variables = {'.'.join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
     entry = {
         'config': to_dict(config),
-        'sha256': content_hash(packed),
+        'sha256': '',
         'storage': storage,
-        'parameters': sum(tensor.size for tensor in tensors.values()),
+        'parameters': sum(math.prod(variable.shape) for variable in variables.values()),
         **(extra or {}),
     }
+    tmp = folder / f'.{part}.{os.getpid()}.tmp'
     try:
         folder.mkdir(parents=True, exist_ok=True)
         index = _read_index(folder) if (folder / 'config.json').exists() else {'format': FORMAT, 'parts': {}}
+        entry['sha256'] = _write_tensors(tmp, variables, storage)
         index['parts'][part] = entry
-        tmp = folder / f'.{part}.{os.getpid()}.tmp'
-        save_file(packed, tmp)
         os.replace(tmp, folder / f'{part}.safetensors')
         _write_text(folder / 'config.json', json.dumps(index, indent=2) + '\n')
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write the release folder '{folder}' ({error}): choose another folder") from None
+    finally:
+        if tmp.parent.is_dir():
+            tmp.unlink(missing_ok=True)
     return entry['sha256']
+
+
+def _write_tensors(path: Path, variables: Mapping[str, nnx.Variable], storage: Storage) -> str:
+    """Writes a part's tensors, one at a time on the host, and returns their hash, read back from the file."""
+    layer_axes = {name: int((v.get_metadata().get('axes') or (None,))[0] == 'layers') for name, v in variables.items()}
+    written: dict[str, Kind] = {}
+    for name, variable in variables.items():
+        written |= kinds(name, tuple(variable.shape), layer_axes[name], storage)
+    packed = (
+        item
+        for name, variable in variables.items()
+        for item in pack_tensor(name, np.asarray(variable[...]), layer_axes[name], storage).items()
+    )
+    write_safetensors(path, written, packed)
+    return stored_hash(open_safetensors(path))
 
 
 def _write_text(path: Path, text: str) -> None:
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     tmp.write_text(text, encoding='utf-8')
     os.replace(tmp, path)
-
-
-def _named(params: nnx.State) -> tuple[dict[str, Any], frozenset[str]]:
-    """Dotted name → array, and the names whose first axis counts layers."""
-    tensors, stacked = {}, set()
-    for path, variable in nnx.to_flat_state(params):
-        name = '.'.join(map(str, path))
-        tensors[name] = np.asarray(variable[...])
-        if (variable.get_metadata().get('axes') or (None,))[0] == 'layers':
-            stacked.add(name)
-    return tensors, frozenset(stacked)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -211,23 +217,19 @@ def _read_config(folder: Path, part: str) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"'{folder / 'config.json'}', part '{part}': {error}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserError(f"weights file '{path}' does not exist: copy the release again")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise UserError(f"weights file '{path}' is truncated or corrupted ({reason}): copy the release again") from None
-
-
 def has_part(folder: str | Path, part: str) -> bool:
     """Whether a release names a part. Raises UserError when the folder is no release."""
     return part in _read_index(Path(folder))['parts']
 
 
-def load_part(folder: str | Path, part: str) -> Part:
-    """Reads one part of a release.
+def load_part(folder: str | Path, part: str, *, dtype: Dtype = 'float32', mesh: Mesh | None = None) -> Part:
+    """Reads one part of a release. The host holds one parameter at a time beside what is loaded.
+
+    Args:
+        folder: the release folder.
+        part: a key of `CONFIGS`.
+        dtype: of the parameters; the config says what is computed in.
+        mesh: what the parameters are split over, as `muse.mesh` says; None: all on the default device.
 
     Raises:
         UserError: a missing, truncated or corrupted file, a wrong format number, tensors that do not belong to the
@@ -236,23 +238,22 @@ def load_part(folder: str | Path, part: str) -> Part:
     folder = Path(folder)
     config, entry = _read_config(folder, part)
     path = folder / f'{part}.safetensors'
-    packed = _read_tensors(path)
+    stored = open_safetensors(path)
     try:
         _, template = graphdef_and_template(part, config)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         where = f"'{folder / 'config.json'}', part '{part}'"
         raise UserError(f'{where}: its values make no model ({_first_line(error)}): copy the release again') from None
-    flat = {'.'.join(map(str, route)): (route, variable) for route, variable in nnx.to_flat_state(template)}
-    _check_tensors(path, packed, {name: tuple(variable.shape) for name, (_, variable) in flat.items()})
-    found = content_hash(packed)
+    shapes = {'.'.join(map(str, route)): tuple(v.shape) for route, v in nnx.to_flat_state(template)}
+    _check_tensors(path, stored, shapes)
+    found = stored_hash(stored)
     if found != entry['sha256']:
         raise UserError(
             f"'{path}' is corrupted or of another export (its hash is not the one config.json names): copy the release "
             'again'
         )
-    params = nnx.from_flat_state(
-        (route, variable.replace(jnp.asarray(unpack(packed, name)))) for name, (route, variable) in flat.items()
-    )
+    tensors = {n: Scaled(stored[n], stored[n + SCALE]) if n + SCALE in stored else stored[n] for n in shapes}
+    params = load_params(tensors, template, dtype, mesh)
     return Part(config, params, found, {key: value for key, value in entry.items() if key not in _OWN_KEYS})
 
 
@@ -261,7 +262,7 @@ def load_superres_tokenizer(folder: str | Path) -> Part:
     return load_part(folder, 'superres_tokenizer' if has_part(folder, 'superres_tokenizer') else 'tokenizer')
 
 
-def _check_tensors(path: Path, packed: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_tensors(path: Path, packed: Mapping[str, FileTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     way_out = 'the file is of another config; copy the release again'
     for name, shape in shapes.items():
         if name not in packed:

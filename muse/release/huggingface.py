@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from muse.config import T5Config
 from muse.errors import UserError
-from muse.release.stored import FileTensor, Stacked, Stored, Transposed, open_safetensors
+from muse.release.stored import FileTensor, Stacked, Stored, Transposed, floats, open_safetensors
 
 WEIGHTS, INDEX, SETTINGS = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
 _TABLES = ('shared.weight', 'encoder.embed_tokens.weight')  # one tensor under either name or both
@@ -80,10 +81,14 @@ def _settings(path: Path) -> dict[str, Any]:
     if kind not in _KINDS:
         raise UserError(f"'{path}' describes a model of type {kind!r}: only {' and '.join(_KINDS)} are read")
     activation = found.get('feed_forward_proj', 'relu')
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UserError(f"'{path}': feed_forward_proj is {activation!r}; only {' and '.join(_ACTIVATIONS)} are read")
     if (epsilon := found.get('layer_norm_epsilon', 1e-6)) != 1e-6:
         raise UserError(f"'{path}': layer_norm_epsilon is {epsilon!r}; only 1e-06 is read")
+    return {'gated': _ACTIVATIONS[activation]} | _sizes(path, found)
+
+
+def _sizes(path: Path, found: dict[str, Any]) -> dict[str, int]:
     names = {
         'vocab_size': 'vocab_size',
         'd_model': 'width',
@@ -94,7 +99,18 @@ def _settings(path: Path) -> dict[str, Any]:
         'relative_attention_num_buckets': 'relative_buckets',
         'relative_attention_max_distance': 'relative_max_distance',
     }
-    return {'gated': _ACTIVATIONS[activation]} | {ours: found[name] for name, ours in names.items() if name in found}
+    sizes = {name: found[name] for name in names if name in found}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"'{path}': {name} is {size!r}; it must be a number of at least 1: copy the file again")
+    buckets = sizes.get('relative_attention_num_buckets', T5Config.relative_buckets)
+    distance = sizes.get('relative_attention_max_distance', T5Config.relative_max_distance)
+    if distance <= buckets // 4:
+        raise UserError(
+            f"'{path}': relative_attention_max_distance is {distance}, and {buckets} buckets need more than "
+            f'{buckets // 4}: copy the file again'
+        )
+    return {names[name]: size for name, size in sizes.items()}
 
 
 def _files(folder: Path) -> dict[str, FileTensor]:
@@ -102,7 +118,7 @@ def _files(folder: Path) -> dict[str, FileTensor]:
     if (folder / INDEX).exists():
         return _shards(folder)
     if (folder / WEIGHTS).exists():
-        return open_safetensors(folder / WEIGHTS)
+        return floats(open_safetensors(folder / WEIGHTS))
     pickles = sorted(path.name for path in folder.glob('*.bin'))
     if pickles:
         raise UserError(
@@ -125,5 +141,5 @@ def _shards(folder: Path) -> dict[str, FileTensor]:
     for number, shard in enumerate(shards, 1):
         if not (folder / shard).is_file():
             raise UserError(f"'{folder}' lacks shard '{shard}' ({number} of {len(shards)} needed): copy it there")
-        tensors |= open_safetensors(folder / shard)
+        tensors |= floats(open_safetensors(folder / shard))
     return tensors

@@ -23,7 +23,7 @@ from muse.config import PublicVQConfig, read
 from muse.errors import UserError
 from muse.release.format import Part, graphdef_and_template, load_part
 from muse.release.pickles import StoredTensor, read_torch
-from muse.release.stored import FileTensor, open_safetensors
+from muse.release.stored import floats, open_safetensors, whole
 
 # Of a training checkpoint: the losses' nets, and no part of the tokenizer.
 _TRAINING_ONLY = ('loss.',)
@@ -126,7 +126,7 @@ def _turn(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _open(path: Path) -> dict[str, _Stored]:
     """Name → stored tensor of a safetensors or PyTorch file, without what only training needs."""
     if path.suffix == '.safetensors':
-        found = {name: _Stored(x.shape, partial(_whole, x)) for name, x in open_safetensors(path).items()}
+        found = {name: _Stored(x.shape, partial(whole, x)) for name, x in floats(open_safetensors(path)).items()}
     else:
         loaded = read_torch(path)
         loaded = loaded.get('state_dict', loaded) if isinstance(loaded, Mapping) else loaded
@@ -136,12 +136,6 @@ def _open(path: Path) -> dict[str, _Stored]:
     if any(name.startswith(_FIRST_STAGE) for name in found):
         found = {n.removeprefix(_FIRST_STAGE): x for n, x in found.items() if n.startswith(_FIRST_STAGE)}
     return {name: stored for name, stored in found.items() if not name.startswith(_TRAINING_ONLY)}
-
-
-def _whole(tensor: FileTensor) -> np.ndarray:
-    out = np.empty(tensor.shape, tensor.dtype)
-    tensor.copy_into(out, tuple(slice(0, side) for side in tensor.shape))
-    return out
 
 
 def _weights_of(folder: Path) -> Path:

@@ -6,7 +6,7 @@ to nearest, symmetric around 0: |stored − true| ≤ max|channel| / 254 for int
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
@@ -16,37 +16,48 @@ import numpy as np
 from muse.errors import UserError, nearest
 
 Storage = Literal['float32', 'bfloat16', 'int8']
+Kind = tuple[np.dtype, tuple[int, ...]]
 
 SCALE = '.scale'  # '<name>.scale' holds the int8 scales of '<name>'
 SMALL = 1024  # tensors with fewer elements stay float32
 
 
-def pack(tensors: Mapping[str, np.ndarray], stacked: frozenset[str], storage: Storage) -> dict[str, np.ndarray]:
-    """What is written to the file for float32 `tensors`.
+def kinds(name: str, shape: tuple[int, ...], layer_axes: int, storage: Storage) -> dict[str, Kind]:
+    """Type and shape of what `pack_tensor` makes of a tensor, by name; the first is the tensor itself.
+
+    Raises:
+        UserError: an unknown storage.
+    """
+    if storage not in get_args(Storage):
+        raise UserError(f'storage {storage!r} does not exist{nearest(str(storage), get_args(Storage))}')
+    if storage == 'float32' or math.prod(shape) < SMALL or len(shape) - layer_axes < 2 or 'norm' in name:
+        return {name: (np.dtype(np.float32), shape)}
+    if storage == 'bfloat16':
+        return {name: (np.dtype(ml_dtypes.bfloat16), shape)}
+    scales = *shape[:layer_axes], *(1,) * (len(shape) - layer_axes - 1), shape[-1]
+    return {name: (np.dtype(np.int8), shape), name + SCALE: (np.dtype(np.float32), scales)}
+
+
+def pack_tensor(name: str, tensor: np.ndarray, layer_axes: int, storage: Storage) -> dict[str, np.ndarray]:
+    """What is written to the file for one tensor.
 
     Args:
-        tensors: dotted name → float32 array.
-        stacked: names whose leading axis counts layers; each layer has scales of its own.
+        name: dotted.
+        tensor: of floats, rounded from float32.
+        layer_axes: 1 where the leading axis counts layers, each of which has scales of its own; else 0.
         storage: type of the large tensors.
 
     Raises:
         UserError: an unknown storage, or a value that is not finite.
     """
-    if storage not in get_args(Storage):
-        raise UserError(f'storage {storage!r} does not exist{nearest(str(storage), get_args(Storage))}')
-    packed: dict[str, np.ndarray] = {}
-    for name, tensor in tensors.items():
-        tensor = np.asarray(tensor, np.float32)
-        if not np.isfinite(tensor).all():
-            raise UserError(f"tensor '{name}' holds NaN or infinity: nothing was written; export an earlier checkpoint")
-        layer_axes = int(name in stacked)
-        if storage == 'float32' or tensor.size < SMALL or tensor.ndim - layer_axes < 2 or 'norm' in name:
-            packed[name] = tensor
-        elif storage == 'bfloat16':
-            packed[name] = tensor.astype(ml_dtypes.bfloat16)
-        else:
-            packed[name], packed[name + SCALE] = _quantize(tensor, layer_axes)
-    return packed
+    tensor = np.asarray(tensor, np.float32)
+    if not np.isfinite(tensor).all():
+        raise UserError(f"tensor '{name}' holds NaN or infinity: nothing was written; export an earlier checkpoint")
+    dtype, _ = kinds(name, tensor.shape, layer_axes, storage)[name]
+    if dtype != np.int8:
+        return {name: tensor.astype(dtype, copy=False)}
+    values, scale = _quantize(tensor, layer_axes)
+    return {name: values, name + SCALE: scale}
 
 
 def _quantize(tensor: np.ndarray, layer_axes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,13 +73,3 @@ def unpack(packed: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if tensor.dtype == np.int8:
         return tensor.astype(np.float32) * packed[name + SCALE]
     return tensor.astype(np.float32)
-
-
-def content_hash(packed: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, types, shapes and bytes of all tensors, whatever their order in the file."""
-    digest = hashlib.sha256()
-    for name in sorted(packed):
-        tensor = packed[name]
-        digest.update(f'{name}|{tensor.dtype.name}|{tensor.shape}|'.encode())
-        digest.update(tensor.tobytes())
-    return digest.hexdigest()

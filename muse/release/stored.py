@@ -1,30 +1,37 @@
-"""Tensors that still lie in a checkpoint's files, and their way into sharded arrays a piece at a time.
+"""Tensors that still lie in safetensors files and checkpoints, and their way into sharded arrays a piece at a time.
 
 A checkpoint larger than the host's memory is loaded by copying, for each device, the part it holds out of the file into
 a buffer of that part's size. The safetensors package maps whole files into memory instead, which counts twice while
-the arrays are made; so their header is read here, and their data with plain reads.
+the arrays are made, and writes only what is in memory as a whole; so headers are read and written here, and data with
+plain reads and writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import Sharding
+from flax import nnx
+from jax.sharding import Mesh, Sharding
 
+from muse.config import Dtype
 from muse.errors import UserError
+from muse.mesh import shardings
 
 FLOATS = {'F32': np.dtype('<f4'), 'F16': np.dtype('<f2'), 'BF16': np.dtype(ml_dtypes.bfloat16)}
-_OTHERS = {'F64': 8, 'I64': 8, 'U64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2, 'I8': 1, 'U8': 1, 'BOOL': 1}
+_INTEGERS = {f'{kind}{8 * size}': np.dtype(f'<{kind.lower()}{size}') for kind in 'IU' for size in (1, 2, 4, 8)}
+_KINDS = FLOATS | _INTEGERS | {'F64': np.dtype('<f8'), 'BOOL': np.dtype(bool)}
 BLOCK_BYTES = 2**20  # read at a time by each thread
 _TILE = 128  # rows and columns transposed at a time, which a cache holds
 
@@ -51,7 +58,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """Floats in C order at an offset of a file."""
+    """Numbers in C order at an offset of a file."""
 
     path: Path
     dtype: np.dtype
@@ -71,13 +78,20 @@ class FileTensor:
             yield row, flat.reshape(count, *self.shape[1:])
 
     def copy_into(self, out: np.ndarray, index: Index) -> None:
+        if not self.shape:
+            out, index = out.reshape(1), (slice(0, 1),)
+        for here, block in self.read(out, index):
+            _copy(here, block.astype(out.dtype, copy=False))
+
+    def read(self, out: np.ndarray, index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows of `out`, what of `tensor[index]` belongs there, in the file's type), until all rows were named."""
         rows = index[0]
         for row, block in self._rows(rows.start, rows.stop):
             here = out[row - rows.start : row - rows.start + len(block)]
-            _copy(here, block[(slice(None), *index[1:])].astype(out.dtype, copy=False))
+            yield here, block[(slice(None), *index[1:])]
 
     def blocks(self) -> Iterator[np.ndarray]:
-        return (block for _, block in self._rows(0, self.shape[0]))
+        return (block for _, block in self._rows(0, self.shape[0] if self.shape else 1))
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
@@ -110,6 +124,36 @@ class Transposed:
 
     def blocks(self) -> Iterator[np.ndarray]:
         return self.stored.blocks()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Integers times float32 scales, of which there is one along an axis or as many as integers."""
+
+    stored: FileTensor
+    factors: FileTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.factors.dtype
+
+    def copy_into(self, out: np.ndarray, index: Index) -> None:
+        scale = whole(self.factors)
+        picked = tuple(i if side > 1 else slice(0, 1) for i, side in zip(index, scale.shape, strict=True))
+        # The scale of each row of `out`, without a copy of it.
+        scale = np.broadcast_to(scale[picked], out.shape)
+        row = 0
+        for here, block in self.stored.read(out, index):
+            here[...] = block.astype(np.float32) * scale[row : row + len(block)]
+            row += len(block)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        yield from self.stored.blocks()
+        yield from self.factors.blocks()
 
 
 @dataclass(frozen=True)
@@ -166,10 +210,10 @@ class InMemory:
 
 
 def open_safetensors(path: Path) -> dict[str, FileTensor]:
-    """The float tensors of a safetensors file by name; other types are left out. Only the header is read.
+    """The tensors of a safetensors file by name. Only the header is read.
 
     Raises:
-        UserError: the file is missing, truncated, or of another kind.
+        UserError: the file is missing, truncated, of another kind, or has numbers of a type that is not read.
     """
     try:
         with path.open('rb') as file:
@@ -178,34 +222,50 @@ def open_safetensors(path: Path) -> dict[str, FileTensor]:
             if length > size - 8:
                 raise ValueError('its header is cut')
             header = json.loads(file.read(length))
-        return {
-            name: _entry(path, name, entry, 8 + length, size)
-            for name, entry in header.items()
-            if name != '__metadata__' and entry['dtype'] not in _OTHERS
-        }
+        entries = {name: entry for name, entry in header.items() if name != '__metadata__'}
+        if strange := sorted(name for name, entry in entries.items() if entry['dtype'] not in _KINDS):
+            kind = entries[strange[0]]['dtype']
+            raise UserError(f"weights file '{path}': '{strange[0]}' is {kind}, which is not read: give another file")
+        return {name: _entry(path, name, entry, 8 + length, size) for name, entry in entries.items()}
     except OSError as error:
-        raise UserError(f"weights file '{path}' cannot be read ({error.strerror}): copy it again") from None
+        reason = 'does not exist' if isinstance(error, FileNotFoundError) else f'cannot be read ({error.strerror})'
+        raise UserError(f"weights file '{path}' {reason}: copy it again") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"weights file '{path}' is truncated or no safetensors file ({_first_line(error)}): copy it again"
+            f"weights file '{path}' is truncated or corrupted, or no safetensors file ({_first_line(error)}): copy it "
+            'again'
         ) from None
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> FileTensor:
-    if entry['dtype'] not in FLOATS:
-        raise ValueError(f"tensor '{name}' is {entry['dtype']}, which is not read here")
-    dtype, shape, (begin, end) = FLOATS[entry['dtype']], tuple(entry['shape']), entry['data_offsets']
-    if end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)) or begin < 0 or start + end > size:
+    dtype, shape, (begin, end) = _KINDS[entry['dtype']], tuple(entry['shape']), entry['data_offsets']
+    if any(side < 0 for side in shape) or begin < 0 or end - begin != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"tensor '{name}' is of another size than its shape")
+    if start + end > size:
         raise ValueError(f"tensor '{name}' is cut")
     return FileTensor(path, dtype, shape, start + begin)
+
+
+def floats(tensors: Mapping[str, FileTensor]) -> dict[str, FileTensor]:
+    """Those that a model of others may have as weights: counters and quantised numbers are left out."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS.values()}
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def load_array(stored: Stored, dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """The tensor as an array of `dtype`. The host holds one parameter's local shards at most."""
+def whole(stored: Stored) -> np.ndarray:
+    """All of a tensor, in its own type."""
+    out = np.empty(stored.shape, stored.dtype)
+    stored.copy_into(out, tuple(slice(0, side) for side in stored.shape))
+    return out
+
+
+def load_array(stored: Stored, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
+    """The tensor as an array of `dtype`; None: on the default device. The host holds its local shards at most."""
     shape = stored.shape
 
     def shard(index: Index | None) -> np.ndarray:
@@ -215,7 +275,53 @@ def load_array(stored: Stored, dtype: np.dtype, sharding: Sharding) -> jax.Array
         stored.copy_into(out, index)
         return out
 
-    return jax.make_array_from_callback(shape, sharding, shard)
+    return jnp.asarray(shard(None)) if sharding is None else jax.make_array_from_callback(shape, sharding, shard)
+
+
+def load_params(tensors: Mapping[str, Stored], template: nnx.State, dtype: Dtype, mesh: Mesh | None) -> nnx.State:
+    """The parameters of a template from tensors of their dotted names and shapes.
+
+    Args:
+        tensors: at least those that the template names.
+        template: a state of shapes.
+        dtype: of the parameters.
+        mesh: what they are split over, as `muse.mesh` says; None: all on the default device.
+    """
+    params = []
+    # The largest first: what the last one needs beside itself while it is made is then little.
+    for route, variable in sorted(nnx.to_flat_state(template), key=lambda item: -math.prod(item[1].shape)):
+        sharding = jax.tree.leaves(shardings(variable, mesh))[0] if mesh else None
+        array = load_array(tensors['.'.join(map(str, route))], jnp.dtype(dtype), sharding)
+        params.append((route, variable.replace(array)))
+    return nnx.from_flat_state(params)
+
+
+def write_safetensors(
+    path: Path, kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes a safetensors file from tensors that come one by one.
+
+    Args:
+        path: the file.
+        kinds: type and shape of every tensor, by name.
+        tensors: (name, values) of each of them, in any order.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    names = {dtype: name for name, dtype in _KINDS.items()}
+    header, offset = {}, 0
+    for name, (dtype, shape) in sorted(kinds.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {'dtype': names[dtype], 'shape': shape, 'data_offsets': [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # so that every tensor lies at a multiple of its type's size
+    with path.open('wb') as out:
+        out.write(len(text).to_bytes(8, 'little') + text)
+        for name, values in tensors:
+            out.seek(8 + len(text) + header[name]['data_offsets'][0])
+            out.write(np.ascontiguousarray(values).view(np.uint8).data)
 
 
 def stored_hash(tensors: Mapping[str, Stored]) -> str:

@@ -7,23 +7,21 @@ Whatever the format, a reader gives each tensor under our name and shape as some
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from muse.config import Dtype, T5Config
 from muse.errors import UserError
-from muse.mesh import shardings
 from muse.release.format import graphdef_and_template
 from muse.release.huggingface import is_huggingface, open_huggingface
-from muse.release.stored import Stored, load_array, stored_hash
+from muse.release.stored import Stored, load_params, stored_hash
 from muse.release.t5x import is_t5x, open_t5x
+
+MAX_LENGTH = 512  # tokens of a text that published T5s were trained on; a run's own text_length is 127 by default
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def load_t5(folder: str | Path, *, dtype: Dtype = 'float32', mesh: Mesh | None =
         folder: Hugging Face's (config.json and model.safetensors, or its index and shards; bf16, fp16 or fp32; encoder
             alone or with the decoder, which is left out) or T5X's (a file `checkpoint` and zarr arrays).
         dtype: of the parameters and of the config's compute type.
-        mesh: what the parameters are split over, as `muse.mesh` says; None: all on the first device.
+        mesh: what the parameters are split over, as `muse.mesh` says; None: all on the default device.
 
     Raises:
         UserError: no checkpoint of a T5 encoder, or an incomplete or damaged one.
@@ -98,25 +96,19 @@ def _config(folder: Path, tensors: dict[str, Stored], settings: dict[str, Any], 
                 'another model; copy both again'
             )
     distance = settings.get('relative_max_distance', T5Config.relative_max_distance)
-    return T5Config(**told, relative_max_distance=distance, dtype=dtype)
+    return T5Config(**told, relative_max_distance=distance, max_length=MAX_LENGTH, dtype=dtype)
 
 
 def _load(folder: Path, config: T5Config, tensors: dict[str, Stored], mesh: Mesh | None) -> nnx.State:
     _, template = graphdef_and_template('text_encoder', config)
-    flat = {'.'.join(map(str, route)): (route, variable) for route, variable in nnx.to_flat_state(template)}
-    for name, (_, variable) in flat.items():
+    shapes = {'.'.join(map(str, route)): variable.shape for route, variable in nnx.to_flat_state(template)}
+    for name, shape in shapes.items():
         if name not in tensors:
             raise UserError(f"'{folder}' lacks what becomes '{name}': the checkpoint is incomplete; copy it again")
-        if tensors[name].shape != variable.shape:
+        if tensors[name].shape != shape:
             raise UserError(
-                f"'{folder}': '{name}' is {tensors[name].shape}, the other tensors want {variable.shape}: it is damaged"
+                f"'{folder}': '{name}' is {tensors[name].shape}, the other tensors want {shape}: it is damaged"
             )
-    if surplus := sorted(tensors.keys() - flat.keys()):
+    if surplus := sorted(tensors.keys() - shapes.keys()):
         raise UserError(f"'{folder}' holds '{surplus[0]}', for which a T5 encoder has no place")
-    one_device = SingleDeviceSharding(jax.local_devices()[0])
-    params = []
-    # The largest first: what the last one needs beside itself while it is made is then little.
-    for name, (route, variable) in sorted(flat.items(), key=lambda item: -math.prod(item[1][1].shape)):
-        sharding = jax.tree.leaves(shardings(variable, mesh))[0] if mesh else one_device
-        params.append((route, variable.replace(load_array(tensors[name], jnp.dtype(config.dtype), sharding))))
-    return nnx.from_flat_state(params)
+    return load_params(tensors, template, config.dtype, mesh)

@@ -8,18 +8,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from muse.config import Dtype
 from muse.errors import UserError
-from muse.mesh import shardings
 from muse.release.format import VOCABULARY, Part, load_part
 from muse.release.t5_checkpoints import load_t5
 
 VOCABULARIES = (VOCABULARY, 'sentencepiece.model', 'tokenizer.json')  # T5X calls it sentencepiece.model
-_HUB_NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
+_HUB_NAME = re.compile(r'\w[\w.-]*(/\w[\w.-]*)?')
 _HUB_FILES = ['config.json', '*.safetensors', '*.safetensors.index.json', *VOCABULARIES]
 
 
@@ -46,9 +43,9 @@ def load_text_encoder(folder: str | Path, *, dtype: Dtype | None = None, mesh: M
     """
     folder = Path(folder) if Path(folder).exists() else fetch(str(folder))
     if _is_release(folder):
-        part = _cast(load_part(folder, 'text_encoder'), dtype)
-        if mesh is not None:
-            part = dataclasses.replace(part, params=jax.device_put(part.params, shardings(part.params, mesh)))
+        part = load_part(folder, 'text_encoder', dtype=dtype or 'float32', mesh=mesh)
+        if dtype is not None:
+            part = dataclasses.replace(part, config=dataclasses.replace(part.config, dtype=dtype))
         names: tuple[str, ...] = (VOCABULARY,)
     else:
         loaded = load_t5(folder, dtype=dtype or 'float32', mesh=mesh)
@@ -66,13 +63,6 @@ def _is_release(folder: Path) -> bool:
     except (OSError, ValueError):
         return False  # the reader of a checkpoint says what is wrong with the file, if it needs it
     return isinstance(index, dict) and 'parts' in index
-
-
-def _cast(part: Part, dtype: Dtype | None) -> Part:
-    if dtype is None:
-        return part
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), part.params)
-    return dataclasses.replace(part, config=dataclasses.replace(part.config, dtype=dtype), params=params)
 
 
 def _check_vocabulary(vocabulary: Path, rows: int) -> None:

@@ -19,6 +19,7 @@ from muse.config import BaseRun, DecodeConfig, SuperresRun
 from muse.data.precomputed import Meta, read_meta
 from muse.errors import UserError
 from muse.mesh import shardings
+from muse.models.t5 import native
 from muse.models.vqgan import to_float
 from muse.release.format import Part, graphdef_and_template, load_part, shipped
 from muse.release.text_encoder import load_text_encoder
@@ -71,9 +72,10 @@ class Net:
 
 def place(part: Part, name: str, mesh: Mesh) -> Net:
     """Puts a part's parameters onto the mesh, split like trained ones."""
-    graphdef, _ = graphdef_and_template(name, part.config)
+    config = native(part.config) if name == 'text_encoder' else part.config
+    graphdef, _ = graphdef_and_template(name, config)
     params = jax.device_put(part.params, shardings(part.params, mesh))
-    return Net(graphdef=graphdef, params=params, config=part.config, hash=part.ids_hash)
+    return Net(graphdef=graphdef, params=params, config=config, hash=part.ids_hash)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,6 +253,8 @@ def _pad(x: np.ndarray, rows: int) -> np.ndarray:
 
 def _fetch(encoded: dict[str, jax.Array], batch: dict[str, Any]) -> Encoded:
     fetched = {name: np.asarray(x)[: len(batch['index'])] for name, x in encoded.items()}
+    if 'txt' in fetched and not np.isfinite(fetched['txt']).all():
+        raise UserError('the text encoder gives states that are not finite: its weights are damaged; copy them again')
     return fetched | {name: batch[name] for name in ('index', 'len', 'caption', 'bad') if name in batch}
 
 

@@ -1,5 +1,6 @@
 """The dataset builder, on a handful of drawings; and the names that art goes by."""
 
+import dataclasses
 import json
 import pickle
 import tarfile
@@ -11,6 +12,7 @@ from muse.config import DataConfig
 from muse.data import art, emoji, sprites
 from muse.data.pipeline import make_loader
 from muse.data.raster import draw_svg, draw_webp
+from muse.data.sources import open_source
 from muse.data.splits import SPLITS, assign_splits
 from muse.errors import InputWarning, UserError
 
@@ -119,6 +121,8 @@ def check_tfds(out):
     assert all(caption.startswith('thing ') for caption in batch['caption'])
     assert (batch['img'][:, 0] == 255).all()
     assert {tuple(img[8, 8]) for img in batch['img']} <= {tuple(bytes.fromhex(c[1:])) for c in COLOURS}
+    with pytest.raises(UserError, match="'label/text' leads to no text in emoji_art, .*'label': Text"):
+        open_source(dataclasses.replace(data, caption_key='label/text'))
     with pytest.raises(UserError, match="did you mean 'label'"):
         next(
             make_loader(

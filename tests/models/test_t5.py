@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from fractions import Fraction
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 from flax import nnx
 
 from muse.config import T5Config
-from muse.models.t5 import T5Encoder, relative_buckets
+from muse.models.t5 import T5Encoder, native, relative_buckets
 
 TINY = T5Config(vocab_size=50, width=32, mlp_dim=48, head_dim=8, heads=4, layers=2, max_length=16)
 
@@ -19,6 +21,23 @@ TINY = T5Config(vocab_size=50, width=32, mlp_dim=48, head_dim=8, heads=4, layers
 @pytest.fixture(scope='module')
 def encoder():
     return T5Encoder(TINY, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize(
+    ('capability', 'dtype', 'attention'),
+    [
+        ('9.0', 'bfloat16', 'cudnn'),
+        ('9.0', 'float32', 'xla'),
+        ('7.5', 'bfloat16', 'xla'),
+        ('gfx90a', 'bfloat16', 'xla'),
+    ],
+)
+def test_attention_of_this_machine(capability, dtype, attention, monkeypatch):
+    """cuDNN's kernel is for NVIDIA's GPUs from Ampere on, and takes no float32."""
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+    config = dataclasses.replace(TINY, dtype=dtype, attention='cudnn')
+    assert native(config) == dataclasses.replace(config, attention=attention)
 
 
 def run(encoder: T5Encoder, ids, lengths) -> np.ndarray:

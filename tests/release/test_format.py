@@ -12,7 +12,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny import BASE, DECODE, T5, VQ, random_params
 
+from muse.config import MeshConfig
 from muse.errors import UserError
+from muse.mesh import make_mesh
 from muse.release.format import graphdef_and_template, load_part, load_release, save_part
 
 
@@ -66,6 +68,31 @@ def test_round_trip(tmp_path, storage, bound):
         changed += int((loaded != true).any())
     assert changed == 0 if storage == 'float32' else changed > 5
     assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
+    small = load_part(tmp_path, 'base', dtype='bfloat16').params
+    for loaded, rounded in zip(jax.tree.leaves(part.params), jax.tree.leaves(small), strict=True):
+        np.testing.assert_array_equal(loaded.astype('bfloat16'), rounded)
+
+
+@pytest.mark.parametrize('storage', ['float32', 'bfloat16', 'int8'])
+def test_the_file_is_one_that_safetensors_reads(tmp_path, storage):
+    save_part(tmp_path, 'base', config=BASE, params=random_params('base', BASE), storage=storage)
+    part, tensors = load_part(tmp_path, 'base'), load_file(tmp_path / 'base.safetensors')
+    for route, variable in nnx.to_flat_state(part.params):
+        name = '.'.join(map(str, route))
+        values = tensors.pop(name).astype(np.float32) * tensors.pop(f'{name}.scale', np.float32(1))
+        np.testing.assert_array_equal(variable[...], values)
+    assert not tensors
+
+
+@pytest.mark.parametrize('storage', ['bfloat16', 'int8'])
+def test_loaded_onto_a_mesh_it_is_the_same(tmp_path, storage):
+    save_part(tmp_path, 'base', config=BASE, params=random_params('base', BASE), storage=storage)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    parts = load_part(tmp_path, 'base'), load_part(tmp_path, 'base', mesh=mesh)
+    whole, split = (jax.tree.leaves(part.params) for part in parts)
+    for ours, theirs in zip(whole, split, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(x.addressable_shards[0].data.size == x.size // 4 for x in split)
 
 
 def test_loaded_parameters_run_in_the_model(tmp_path):
@@ -109,7 +136,7 @@ def test_truncated_file(folder, share):
     path = folder / 'base.safetensors'
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    refused(lambda: load_release(folder), 'base.safetensors', 'truncated or corrupted', 'copy the release again')
+    refused(lambda: load_release(folder), 'base.safetensors', 'truncated or corrupted', 'copy it again')
 
 
 def test_one_flipped_bit_is_found(folder):
@@ -128,6 +155,11 @@ def test_missing_surplus_and_misshapen_tensors_are_named(folder):
     refused(lambda: load_part(folder, 'base'), f"'{name}' as (2, 3)", '(2, 32, 64)')
     edit_tensors(folder, 'base', lambda t: t.update({name: np.zeros((2, 32, 64), np.float32), 'x.y': np.zeros(1)}))
     refused(lambda: load_part(folder, 'base'), "'x.y'", 'no place')
+
+
+def test_a_surplus_tensor_of_any_type_is_named(folder):
+    edit_tensors(folder, 'base', lambda tensors: tensors.update(count=np.arange(3)))
+    refused(lambda: load_part(folder, 'base'), "'count'", 'no place')
 
 
 def test_int8_without_its_scale_is_named(tmp_path):
@@ -184,4 +216,5 @@ def test_a_failed_save_leaves_the_old_part(folder):
     before = load_part(folder, 'base').hash
     params = times(random_params('base', BASE), np.inf)
     refused(lambda: save_part(folder, 'base', config=BASE, params=params, storage='int8'), 'NaN or infinity')
+    assert not [name for name in os.listdir(folder) if name.endswith('.tmp')]
     assert load_part(folder, 'base').hash == before

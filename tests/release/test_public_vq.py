@@ -157,7 +157,7 @@ def test_places_without_a_model(tmp_path):
         load_public(tmp_path / 'vqvae' / 'diffusion_pytorch_model.safetensors')
     with pytest.raises(UserError, match='cannot read weights'):
         load_public(tmp_path / 'nowhere.ckpt')
-    with pytest.raises(UserError, match='cannot be read'):
+    with pytest.raises(UserError, match='nowhere.safetensors. does not exist'):
         load_public(tmp_path / 'nowhere.safetensors')
     (tmp_path / 'vqvae' / 'config.json').unlink()
     with pytest.raises(UserError, match='must lie beside the weights'):
@@ -168,7 +168,7 @@ def test_places_without_a_model(tmp_path):
 def test_damaged_safetensors(keep, tmp_path):
     file = published(tmp_path, 'amused') / 'diffusion_pytorch_model.safetensors'
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match='truncated or no safetensors file'):
+    with pytest.raises(UserError, match='truncated or corrupted, or no safetensors file'):
         load_public(tmp_path)
 
 

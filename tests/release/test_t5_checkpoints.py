@@ -56,7 +56,7 @@ def test_states_equal_hugging_face(name, tmp_path):
     assert (loaded.config.width, loaded.config.heads, loaded.config.max_length) == (
         config['d_model'],
         config['num_heads'],
-        127,
+        512,
     )
 
 
@@ -169,6 +169,17 @@ def set_config(folder, **changes):
     (folder / 'config.json').write_text(json.dumps(settings | changes))
 
 
+def retype(folder, name, dtype, shape=None):
+    """Writes another type and shape into the header."""
+    file = folder / 'model.safetensors'
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8 : 8 + length])
+    header[name] |= {'dtype': dtype, 'shape': shape or header[name]['shape']}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, 'little') + text + content[8 + length :])
+
+
 def keep_decoder_alone(folder):
     save_file({'decoder.embed_tokens.weight': np.ones((4, 4), np.float32)}, folder / 'model.safetensors')
 
@@ -189,6 +200,13 @@ BAD = {
     'another vocabulary': (lambda f: set_config(f, vocab_size=95), 'config.json says vocab_size 95, .* have 96'),
     'another activation': (lambda f: set_config(f, feed_forward_proj='relu'), 'says gated False'),
     'heads': (lambda f: set_config(f, num_heads=6), 'says heads 6'),
+    'activation in a list': (lambda f: set_config(f, feed_forward_proj=['relu']), r"feed_forward_proj is \['relu'\]"),
+    'a word for a number': (lambda f: set_config(f, d_model='48'), "d_model is '48'; it must be a number"),
+    'half a bucket': (lambda f: set_config(f, relative_attention_max_distance=0.5), 'max_distance is 0.5; it must be'),
+    'no distance': (lambda f: set_config(f, relative_attention_max_distance=None), 'max_distance is None; it must be'),
+    'too near': (lambda f: set_config(f, relative_attention_max_distance=2), 'max_distance is 2, and .* need more'),
+    'eight bits': (lambda f: retype(f, Q, 'F8_E4M3'), f"'{Q}' is F8_E4M3, which is not read"),
+    'negative sides': (lambda f: retype(f, Q, 'F32', [-48, -48]), f"corrupted.*tensor '{Q}' is of another size"),
     'lost tensor': (lambda f: rewrite(f, lambda t: t.pop(Q)), f"lacks tensor '{Q}'"),
     'odd shape': (
         lambda f: rewrite(f, lambda t: t.update({Q: t[Q][:-1].copy()})),

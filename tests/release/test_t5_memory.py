@@ -1,4 +1,4 @@
-"""Loading a T5 never holds it twice: peak memory of the host and what each of eight devices holds.
+"""Loading a T5 or a release never holds it twice: peak memory of the host and what each of eight devices holds.
 
 On a CPU a device's memory is the host's, so the peak counts the loaded encoder too.
 """
@@ -9,9 +9,16 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flax import nnx
+
+from muse.config import T5Config, to_dict
+from muse.release.format import FORMAT, graphdef_and_template
+from muse.release.storage import Kind, Storage, kinds
+from muse.release.stored import open_safetensors, stored_hash, write_safetensors
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='reads Linux’s memory figures')
 
@@ -19,9 +26,11 @@ ROOT = Path(__file__).parents[2]
 NAMES = {'F32': 4, 'BF16': 2}
 MEASURE = """
 import json, re, sys
+from functools import partial
 import jax, jax.numpy as jnp
 from muse.config import MeshConfig
 from muse.mesh import make_mesh
+from muse.release.format import load_part
 from muse.release.t5_checkpoints import load_t5
 
 def high_water():
@@ -30,10 +39,11 @@ def high_water():
 folder, dtype, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])
 mesh = make_mesh(MeshConfig(data=1, fsdp=devices)) if devices > 1 else None
 jnp.zeros(10).block_until_ready()
-small = load_t5(folder + '/small', dtype=dtype, mesh=mesh)  # whatever is imported and made once
+load = partial(load_part, part='text_encoder') if 'release' in folder else load_t5
+small = load(folder + '/small', dtype=dtype, mesh=mesh)  # whatever is imported and made once
 open('/proc/self/clear_refs', 'w').write('5')  # the high-water mark is what is held now
 before = high_water()
-loaded = load_t5(folder + '/large', dtype=dtype, mesh=mesh)
+loaded = load(folder + '/large', dtype=dtype, mesh=mesh)
 leaves = jax.block_until_ready(jax.tree.leaves(loaded.params))
 after = high_water()
 held = {}
@@ -78,6 +88,21 @@ def write_sparse(folder: Path, *, width: int, layers: int, rows: int, stored: st
             out.truncate(8 + len(text) + offset)
 
 
+def write_sparse_release(folder: Path, config: T5Config, storage: Storage) -> None:
+    """A release's text encoder of zeros."""
+    written: dict[str, Kind] = {}
+    for route, variable in nnx.to_flat_state(graphdef_and_template('text_encoder', config)[1]):
+        written |= kinds('.'.join(map(str, route)), variable.shape, int('layers' in route), storage)
+    folder.mkdir(parents=True)
+    file = folder / 'text_encoder.safetensors'
+    write_safetensors(file, written, ())
+    size = 8 + int.from_bytes(file.read_bytes()[:8], 'little')
+    with file.open('r+b') as out:
+        out.truncate(size + sum(dtype.itemsize * math.prod(shape) for dtype, shape in written.values()))
+    entry = {'config': to_dict(config), 'sha256': stored_hash(open_safetensors(file))}
+    (folder / 'config.json').write_text(json.dumps({'format': FORMAT, 'parts': {'text_encoder': entry}}))
+
+
 def measure(folder: Path, dtype: str, devices: int) -> dict:
     environment = {
         'JAX_PLATFORMS': 'cpu',
@@ -115,3 +140,14 @@ def test_two_hundred_megabytes(tmp_path):
     write_sparse(tmp_path / 'large', width=1024, layers=8, rows=8192, stored='F32')
     found = measure(tmp_path, 'bfloat16', 1)
     check(found, 1, 1.3 * found['encoder'] + 2**25)  # the blocks being read weigh more here
+
+
+@pytest.mark.parametrize(('storage', 'dtype'), [('int8', 'float32'), ('bfloat16', 'bfloat16')])
+def test_a_release_of_four_hundred_megabytes(storage, dtype, tmp_path):
+    folder = tmp_path / 'release'
+    config = T5Config(width=1024, mlp_dim=2560, heads=16, layers=8, vocab_size=8192)
+    write_sparse_release(folder / 'small', replace(config, layers=1, vocab_size=128), storage)
+    write_sparse_release(folder / 'large', config, storage)
+    found = measure(folder, dtype, 1)
+    print(f'{storage} to {dtype}: peak {found["peak"] / found["encoder"]:.2f} of the encoder')
+    check(found, 1, 1.5 * found['encoder'])

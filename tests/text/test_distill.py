@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filled import filled
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -66,13 +67,15 @@ def data(tokenizer, toy_captions):
 
 def new_student(width: int = CONFIG.width) -> text_student.Student:
     config = dataclasses.replace(CONFIG, width=width)
-    return text_student.Student(config, WIDTH, 6, rngs=nnx.Rngs(params=jax.random.key(0)))
+    return filled(lambda: text_student.Student(config, WIDTH, 6, rngs=nnx.Rngs(params=jax.random.key(0))))
 
 
+@pytest.mark.slow  # compiling a step takes half a minute
 def test_student_learns(data, monkeypatch, capsys):
     monkeypatch.setattr(text_student, 'STEPS_A_CALL', 30)
     monkeypatch.setattr(text_student, 'SHORT', 20)
-    graphdef, params = nnx.split(new_student(), nnx.Param)
+    fresh = text_student.Student(CONFIG, WIDTH, 6, rngs=nnx.Rngs(params=0))
+    graphdef, params = nnx.split(fresh, nnx.Param)
     before = text_student.held_out(graphdef, params, data, 64)
     encoder, after = text_student.train(CONFIG, data, batch=16, learning_rate=8e-3, steps=150)
     capsys.readouterr()
@@ -82,7 +85,7 @@ def test_student_learns(data, monkeypatch, capsys):
     assert after['pooled'] < 0.3 < before['pooled']
     assert after['relations'] < 0.6 * before['relations']
     assert encoder.config == CONFIG and encoder(jnp.ones((1, 4), jnp.int32), jnp.array([4])).dtype == jnp.float32
-    assert swaps_seen(new_student().encoder, data) < 0.75 and swaps_seen(encoder, data) > 0.9
+    assert swaps_seen(fresh.encoder, data) < 0.75 and swaps_seen(encoder, data) > 0.9
 
 
 def swaps_seen(encoder, data) -> float:
@@ -100,26 +103,29 @@ def test_perfect_student_has_no_loss(data):
     words_BW = np.broadcast_to(np.arange(text_data.MAX_WORDS), (8, text_data.MAX_WORDS))
     target_BWE, real_BW = text_student._targets(data, rows_B, jnp.asarray(words_BW))
     student = new_student(WIDTH)
-    student.word_head.kernel[...] = jnp.eye(WIDTH)
+    student.word_head.kernel[...], student.word_head.bias[...] = jnp.eye(WIDTH), jnp.zeros(WIDTH)
     pieces_BSW = jax.nn.one_hot(data.word_NS[rows_B], text_data.MAX_WORDS)
-    own, _ = text_student._word_losses(student, data, rows_B, pieces_BSW @ target_BWE)
+    word_losses = jax.jit(lambda x_BSD: text_student._word_losses(student, data, rows_B, x_BSD))
+    own, _ = word_losses(pieces_BSW @ target_BWE)
     assert float(own) < 1e-10
     assert int(real_BW.sum()) == int(data.covered_N[rows_B].sum()) > 30
-    shifted, _ = text_student._word_losses(student, data, rows_B, pieces_BSW @ jnp.roll(target_BWE, 1, axis=1))
+    shifted, _ = word_losses(pieces_BSW @ jnp.roll(target_BWE, 1, axis=1))
     assert float(shifted) > 0.5
 
 
 def test_length_of_a_batch_changes_no_loss(data):
     rows_B = data.short.rows_K[:16]
     assert int(data.len_N[rows_B].max()) <= 20
-    cut, whole = (text_student.losses(new_student(), data, rows_B, length) for length in (20, 28))
+    losses, student = jax.jit(text_student.losses, static_argnums=(0, 3)), new_student()
+    cut, whole = (losses(student, data, rows_B, length) for length in (20, 28))
     for name in cut:
         np.testing.assert_allclose(cut[name], whole[name], rtol=2e-5)
 
 
 def test_binding_losses_against_loops(data):
     student, triples = new_student(), text_data.Triples(*(array[:5] for array in data.triples))
-    states_M3SD = np.stack([np.asarray(student.encoder(triples.ids_M3S[m], triples.len_M3[m])) for m in range(5)])
+    encode = jax.jit(lambda ids_BS, len_B: student.encoder(ids_BS, len_B))
+    states_M3SD = np.stack([np.asarray(encode(triples.ids_M3S[m], triples.len_M3[m])) for m in range(5)])
     swaps, attributes, places = [], [], []
     for m in range(5):
         units = np.zeros((3, 2, CONFIG.width))
@@ -135,21 +141,21 @@ def test_binding_losses_against_loops(data):
                     found.append(np.log(np.exp(logits).sum()) - logits[int(labels[m, i, thing])])
         gap = (units[0] * units[2]).sum(-1) - (units[0] * units[1]).sum(-1)
         swaps.append(text_student.SOFTNESS * np.log1p(np.exp((gap + text_student.MARGIN) / text_student.SOFTNESS)))
-    found = text_student.binding_losses(student, triples)
+    binding_losses = jax.jit(lambda triples: text_student.binding_losses(student, triples))
+    found = binding_losses(triples)
     assert float(found['swaps']) == pytest.approx(np.mean(swaps), rel=1e-4)
     assert float(found['attributes']) == pytest.approx(np.mean(attributes), rel=1e-4)
     assert float(found['places']) == pytest.approx(np.mean(places), rel=1e-4)
     unknown = triples._replace(attribute_M32=triples.attribute_M32.at[1:].set(-1))
-    assert float(text_student.binding_losses(student, unknown)['attributes']) == pytest.approx(
-        np.mean(attributes[:6]), rel=1e-4
-    )
+    assert float(binding_losses(unknown)['attributes']) == pytest.approx(np.mean(attributes[:6]), rel=1e-4)
 
 
 def test_meaning_loss_against_loops(data):
     student = new_student()
+    encode = jax.jit(lambda ids_BS, len_B: student.encoder(ids_BS, len_B))
 
     def units(ids_KS, len_K):
-        states = zip(np.asarray(student.encoder(ids_KS, len_K)), len_K, strict=True)
+        states = zip(np.asarray(encode(ids_KS, len_K)), len_K, strict=True)
         means = np.stack([x_SD[:length].mean(0) for x_SD, length in states])
         return means / np.linalg.norm(means, axis=-1, keepdims=True)
 
@@ -157,7 +163,8 @@ def test_meaning_loss_against_loops(data):
     similar = units(meanings.text_KS, meanings.text_len_K) @ units(meanings.word_KS, meanings.word_len_K).T / 0.05
     right = np.diagonal(similar)
     nats = [np.log(np.exp(similar).sum(axis)) - right for axis in (0, 1)]
-    assert float(text_student.meaning_loss(student, meanings)) == pytest.approx(np.mean(nats), rel=1e-4)
+    found = jax.jit(lambda meanings: text_student.meaning_loss(student, meanings))(meanings)
+    assert float(found) == pytest.approx(np.mean(nats), rel=1e-4)
 
 
 def test_pieces_that_name_the_things(data, tokenizer):

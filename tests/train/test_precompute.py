@@ -224,6 +224,14 @@ def test_nothing_usable_is_one_line_and_nothing_written(nets, tmp_path):
     assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == ['meta.json', 'train.rejects.jsonl']
 
 
+def test_a_text_encoder_of_nan_is_refused(nets, tmp_path):
+    spoiled = jax.tree.map(lambda x: x * jnp.nan, nets.text_encoder.params)
+    broken = dataclasses.replace(nets, text_encoder=dataclasses.replace(nets.text_encoder, params=spoiled))
+    with pytest.raises(UserError, match='states that are not finite'):
+        write(broken, tmp_path, num=8, shards=1)
+    assert not list(tmp_path.glob('*.array_record'))
+
+
 def test_another_run_s_folder_is_refused(nets, stored, parts, tmp_path):
     params = nnx.split(VQGAN(TOKENIZER, rngs=nnx.Rngs(params=1)), nnx.Param)[1]
     save_part(tmp_path, 'tokenizer', config=TOKENIZER, params=params, storage='float32')
@@ -309,9 +317,10 @@ def test_export_joins_the_parts(parts, tmp_path):
     base = {'config': run.model, 'params': params, 'storage': 'float32'}
     good = extra | {'text_encoder_sha256': load_part(parts, 'text_encoder').hash}
     save_part(tmp_path / 'base', 'base', **base, extra=good)
-    assert export(parts, parts, tmp_path / 'base', tmp_path / 'release', 'int8') > 0
+    assert export(parts, parts, tmp_path / 'base', tmp_path / 'release', 'int8', text_dtype='bfloat16') > 0
     release = load_release(tmp_path / 'release')
     assert release.decode.steps == 3
+    assert release.text_encoder.config.dtype == 'bfloat16' and release.base.config.dtype == 'float32'
     save_part(tmp_path / 'other', 'base', **base, extra=good | {'tokenizer_sha256': 'f' * 64})
     with pytest.raises(UserError, match='was trained on tokenizer ffffffffffff'):
         export(parts, parts, tmp_path / 'other', tmp_path / 'release2', 'int8')
