@@ -50,8 +50,9 @@ def test_import_then_reconstruct(published, pictures, tmp_path):
     part = load_part(tmp_path / 'release', 'tokenizer')
     assert part.hash[:12] in done.stdout and "'codebook_size': 32" in done.stdout
     flags = (f'--model={tmp_path}/release', f'--out={tmp_path}', '--tile=48', '--overlap=16')
-    done = tool('reconstruct', *flags, pictures / 'a.png', pictures / 'c.jpg')
-    assert done.returncode == 0, done.stderr
+    done = tool('reconstruct', *flags, pictures / 'd.png', pictures / 'a.png', pictures / 'c.jpg')
+    assert done.returncode == 2 and "d.png' cannot be used" in done.stderr
+    assert done.stderr.endswith('error: 1 of 3 pictures could not be read: see the warnings above\n')
     assert 'warning: a picture of 70x51 pixels is padded to 70x52, multiples of 2' in done.stderr
     assert 'a.png: 51x70, PSNR ' in done.stdout
     assert open_picture(tmp_path / 'a.png').shape == (70, 51, 3)
@@ -75,6 +76,11 @@ def test_evaluate_a_folder(published, pictures, tmp_path):
     [
         ('import_tokenizer', ('--weights=nowhere.ckpt', '--out=x'), "error: cannot read weights 'nowhere.ckpt'"),
         ('reconstruct', ('--out=x',), 'error: no pictures given'),
+        (
+            'reconstruct',
+            ('--out=docs/images', 'docs/images/grid.png'),
+            "error: the reconstruction of 'docs/images/grid",
+        ),
         ('eval_tokenizer', ('--out=x', '--whole'), 'error: --whole judges pictures at their own size'),
     ],
 )

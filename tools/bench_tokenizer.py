@@ -5,8 +5,10 @@
     python tools/bench.py tokenizer --variants=now --profile=20                the 20 costliest operations as well
     python tools/bench.py tokenizer --tiny --batches=2 --steps=2               on a CPU
 
-Each case compiles in a process of its own, all at once; then they are timed one after another, each alone on the
-device. VGG16's weights are random here: the numbers in them do not change the time. The critic plays in every step.
+Each case compiles in a process of its own, --jobs at a time; then they are timed one after another, each alone on the
+device, from the compilation cache. After --minutes what is there is printed and the rest is said to have failed.
+VGG16's weights are random here: the numbers in them do not change the time. The critic plays in every step. With
+--profile CUDA graphs are off, in which operations have no names.
 """
 
 from __future__ import annotations
@@ -18,12 +20,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tools.tokenizer_trials import numbers
 
+_NAMED = '--xla_gpu_enable_command_buffer='  # no CUDA graphs
+_SECONDS_A_CASE = 40  # of the time limit, kept from compiling for timing
+_STILL_ON = 'the time limit came first: give more --minutes'
 ROOT = Path(__file__).resolve().parent.parent
 CASE = ROOT / 'tools' / 'tokenizer_case.py'
 
@@ -33,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'now': {},
     'no_perceptual': {'loss': {'perceptual': 0.0}},
     'no_adversarial': {'loss': {'adversarial': 0.0}},
+    'no_search': {'patches': ['no_search']},  # every token gets code 0
+    'no_revival': {'loss': {'revive_after_steps': 0}},
     'no_r1': {'loss': {'r1': 0.0}},
     'lecam': {'loss': {'r1': 0.0, 'lecam': 0.01}},
     'adaptive': {'loss': {'adversarial_adaptive': True}},
@@ -53,6 +62,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--steps', type=int, default=16, help='steps timed; R1 falls into one of 16')
     parser.add_argument('--xla_flags', default='', help='XLA_FLAGS of the cases')
     parser.add_argument('--profile', type=int, default=0, help='print so many of the costliest operations')
+    parser.add_argument('--jobs', type=int, default=2, help='cases compiled at a time; they tune on the one device')
+    parser.add_argument('--minutes', type=float, default=30.0, help='time limit of all cases together')
     parser.add_argument('--tiny', action='store_true', help='a model and pictures for a CPU')
 
 
@@ -66,6 +77,10 @@ def _settings(args: argparse.Namespace, weights: str) -> Iterator[dict[str, Any]
             if name == 'first' and not args.first:
                 raise UserError("variant 'first' is an older tree: give its folder as --first=DIR")
             tree = Path(args.first).resolve() if name == 'first' else ROOT
+            if not (tree / 'muse').is_dir() or not (tree / args.config).is_file():
+                raise UserError(
+                    f"'{tree}' holds no muse/ or no {args.config}: give a tree of this project and a config"
+                )
             variant = {'loss': {}, 'patches': [], **VARIANTS[name]}
             loss = {'perceptual_net': weights, **variant['loss']}
             setting = {'variant': name, 'tree': str(tree), 'config': args.config, 'batch': batch, 'tiny': args.tiny}
@@ -92,64 +107,76 @@ def _write_weights(folder: str) -> None:
     save_file({name: weight(name, shape) for name, shape in shapes('vgg').items()}, f'{folder}/vgg.safetensors')
 
 
-def _start(setting: dict[str, Any], flags: str) -> subprocess.Popen[str]:
-
+def _case(setting: dict[str, Any], flags: str, cache: str, *, timed: bool, seconds: float) -> dict[str, Any]:
+    """What the process of a case prints; {'failed': …} when it ends without a number or takes too long."""
+    if seconds <= 0:
+        return {'failed': _STILL_ON}
     env = os.environ | {'PYTHONPATH': f'{setting["tree"]}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
     env |= {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()}
-    return subprocess.Popen(
-        [sys.executable, str(CASE), json.dumps(setting)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=env,
-        cwd=setting['tree'],
-    )
+    env |= {'JAX_ENABLE_COMPILATION_CACHE': 'true', 'JAX_COMPILATION_CACHE_DIR': cache}
+    env |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
+    command = [sys.executable, str(CASE), json.dumps(setting | {'timed': timed})]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=env, cwd=setting['tree'], timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {'failed': _STILL_ON}
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{')]
+    if done.returncode or not lines:
+        return {'failed': f'the process ended with {done.returncode}; its error is above'}
+    return json.loads(lines[-1])
 
 
-def _answer(process: subprocess.Popen[str]) -> dict[str, Any] | None:
-    """The next JSON line of a case, or None when it ended without one."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith('{'):
-            return json.loads(line)
-    return None
+def _speed(setting: dict[str, Any], found: dict[str, Any], peak: float | None) -> dict[str, Any]:
+    """Images and operations a second, and the share of the chip's peak."""
+    from muse.config import VQConfig, VQLossConfig, read
+    from muse.train.flops import tokenizer_step_flops
+
+    model, loss = read(VQConfig, found.pop('model')), read(VQLossConfig, found.pop('loss'))
+    flops = tokenizer_step_flops(model, loss, setting['batch'], found['side'])
+    per_second = flops / found['ms'] * 1e3
+    return {
+        'images_per_s': round(setting['batch'] / found['ms'] * 1e3, 1),
+        'tflop_an_image': round(flops / setting['batch'] / 1e12, 4),
+        'tflops_per_s': round(per_second / 1e12, 2),
+        'share_of_peak': round(per_second / peak, 4) if peak else None,
+    }
 
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One dict a batch size and variant; with --profile a further one with the costliest operations."""
     import jax
 
-    from muse.config import VQConfig, VQLossConfig, read
-    from muse.train.flops import peak_flops, tokenizer_step_flops
+    from muse.errors import UserError
+    from muse.train.flops import peak_flops
 
+    for name, value in (('jobs', args.jobs), ('steps', args.steps), ('minutes', args.minutes)):
+        if value <= 0:
+            raise UserError(f'--{name}={value}: give more than 0')
     peak = peak_flops(jax.devices()[0].device_kind)
-    with tempfile.TemporaryDirectory() as weights:
-        _write_weights(weights)
-        settings = list(_settings(args, weights))
-        started = [_start(setting, args.xla_flags) for setting in settings]
-        ready = [_answer(process) for process in started]
-        for setting, process, compiled in zip(settings, started, ready, strict=True):
-            about = {key: setting[key] for key in ('variant', 'config', 'batch')} | {'xla_flags': args.xla_flags}
-            found = None
-            if compiled:
-                assert process.stdin is not None
-                process.stdin.write('go\n')
-                process.stdin.close()
-                found = _answer(process)
-            process.wait()
-            if found is None:
-                yield about | {'failed': f'the process ended with {process.returncode}; its error is above'}
+    deadline = time.monotonic() + 60 * args.minutes
+    flags = f'{args.xla_flags} {_NAMED if args.profile else ""}'.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        _write_weights(folder)
+        settings = list(_settings(args, folder))
+
+        def compile_case(setting: dict[str, Any]) -> dict[str, Any]:
+            seconds = deadline - time.monotonic() - _SECONDS_A_CASE * len(settings)
+            return _case(setting, flags, f'{folder}/cache', timed=False, seconds=seconds)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            compiled = list(pool.map(compile_case, settings))
+        for setting, found in zip(settings, compiled, strict=True):
+            about = {key: setting[key] for key in ('variant', 'config', 'batch')} | {'xla_flags': flags}
+            about |= found
+            if 'failed' not in found:
+                left = deadline - time.monotonic()
+                found = _case(setting, flags, f'{folder}/cache', timed=True, seconds=left)
+            if 'failed' in found:
+                yield about | found
                 continue
-            model, loss = read(VQConfig, found.pop('model')), read(VQLossConfig, found.pop('loss'))
             profile = found.pop('profile')
-            flops = tokenizer_step_flops(model, loss, setting['batch'], found['side'])
-            per_second = flops / found['ms'] * 1e3
-            share = {
-                'images_per_s': round(setting['batch'] / found['ms'] * 1e3, 1),
-                'tflop_an_image': round(flops / setting['batch'] / 1e12, 4),
-                'tflops_per_s': round(per_second / 1e12, 2),
-                'share_of_peak': round(per_second / peak, 4) if peak else None,
-            }
-            yield about | share | found
+            yield about | _speed(setting, found, peak) | found
             if profile:
                 yield about | {'profile': profile}

@@ -1,10 +1,11 @@
 """Stored size against likeness: tokenizers of several sizes after short runs, beside WebP files of the same bytes.
 
-    python tools/curve_tokenizer.py --data=data/emoji --perceptual=data/perceptual --out=runs/curve --jobs=6
+    python tools/curve_tokenizer.py --data=data/emoji --perceptual=data/perceptual --out=runs/curve
 
 f16 is judged at 256 pixels and f8 at 512, whole pictures; both train on squares of 256. A tokenizer stores its tokens
 at log2(codes) bits each, with no entropy coder; WebP gets as many bytes a picture, header included, at whichever of
-several smaller sizes (brought back bicubically) and qualities comes nearest to the picture in the mean square.
+several smaller sizes (brought back bicubically) and qualities comes nearest to the picture in the mean square. Rows
+are printed as they come; the table in the end holds, after --minutes, what there is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ import numpy as np
 from PIL import Image
 
 from muse.config import TokenizerRun
-from muse.errors import main_guard, warn
+from muse.errors import UserError, main_guard, warn
 from tools.tokenizer_trials import Setting, Trial, changed, judges, numbers, pool_path, read_config, run_trials, table
 
 CODES = (256, 2048, 16384)
+_WEBP_SECONDS = 90  # of the time limit, kept from training for the search of WebP files
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)  # of the side, tried for WebP
 COLUMNS = {'name': '', 'stored_bytes': '.0f', 'psnr': '.2f', 'ssim': '.3f', 'lpips_vgg': '.4f', 'lpips_alex': '.4f'}
 COLUMNS |= {'codebook_usage': '.1%', 'perplexity': '.0f', 'parameters': 'd'}
@@ -128,26 +131,42 @@ def _flags() -> argparse.Namespace:
     parser.add_argument('--channels', type=int, default=0, help='base channels; 0: as the configs have it')
     parser.add_argument('--pool', type=int, default=4000, help='pictures to train on')
     parser.add_argument('--heldout', type=int, default=192, help='pictures to judge on')
-    parser.add_argument('--jobs', type=int, default=3, help='runs at a time, sharing the device')
+    parser.add_argument('--jobs', type=int, default=4, help='runs at a time, sharing the device')
+    parser.add_argument('--minutes', type=float, default=240.0, help='time limit of everything')
     parser.add_argument('--workers', type=int, default=0, help='processes that draw pictures')
     return parser.parse_args()
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ('steps', 'batch_size', 'side', 'pool', 'heldout', 'jobs', 'minutes'):
+        if getattr(args, name) <= 0:
+            raise UserError(f'--{name}={getattr(args, name)}: give more than 0')
 
 
 def main() -> None:
     """Trains the tokenizers, packs the WebP files, prints both as one table."""
     args = _flags()
     with main_guard():
+        _check(args)
+        deadline = time.monotonic() + 60 * args.minutes
         setting = Setting(pool=str(Path(args.out) / 'pool'), perceptual=args.perceptual, features='', eval_batch=8)
         out = Path(args.out) / 'curve.jsonl'
-        chosen = trials(args)
-        rows = run_trials(chosen, setting, jobs=args.jobs, pool=args.pool, heldout=args.heldout, out=out)
-        for trial, row in list(zip(chosen, rows, strict=True)):
-            held_out = np.load(pool_path(setting.pool, trial.run.eval_data))
+        sizes: dict[str, Any] = {'jobs': args.jobs, 'pool': args.pool, 'heldout': args.heldout, 'out': out}
+        known = {trial.name: trial for trial in trials(args)}
+        rows = run_trials(list(known.values()), setting, deadline=deadline - _WEBP_SECONDS, **sizes)
+        if not rows:
+            raise UserError(f'no tokenizer was trained within --minutes={args.minutes:g}: give more, or fewer --steps')
+        for row in list(rows):
+            if time.monotonic() > deadline:
+                warn(f'no time is left for WebP beside {row["name"]}: give more --minutes')
+                continue
+            held_out = np.load(pool_path(setting.pool, known[row['name']].run.eval_data))
             if (beside := webp_row(held_out, row['stored_bytes'], args.perceptual)) is None:
                 continue
             rows.append(beside)
             with out.open('a', encoding='utf-8') as stream:
                 print(json.dumps(beside), file=stream)
+            print(json.dumps(beside), flush=True)
         print(table(sorted(rows, key=lambda row: (row['name'].split()[-1], row['stored_bytes'])), COLUMNS))
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from muse import tiling
 from muse.data.pictures import open_picture
-from muse.errors import UserError, main_guard
+from muse.errors import UserError, main_guard, warn
 from muse.release.format import shipped
 from muse.release.public_vq import load_tokenizer
 
@@ -37,16 +37,29 @@ def main(arguments: list[str]) -> None:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+        for path in paths:
+            if path.exists() and (out / f'{path.stem}.png').resolve() == path.resolve():
+                raise UserError(f"the reconstruction of '{path}' would overwrite it: choose another --out")
         part = load_tokenizer(FLAGS.model or shipped())
         tokenizer = tiling.tiled_tokenizer(part.config, part.params, tile=FLAGS.tile, overlap=FLAGS.overlap)
-        for path in paths:
-            img_HWC = open_picture(path)
-            made_HWC = tiling.reconstruct(tokenizer, img_HWC)
-            error = np.mean(np.square(made_HWC.astype(np.float32) - img_HWC))
-            target = out / f'{path.stem}.png'
-            Image.fromarray(made_HWC).save(target)
-            decibels = 10 * np.log10(255**2 / max(error, 1e-6))
-            print(f'{target}: {img_HWC.shape[1]}x{img_HWC.shape[0]}, PSNR {decibels:.2f} dB')
+        left_out = [path for path in paths if not _reconstruct(tokenizer, path, out / f'{path.stem}.png')]
+        if left_out:
+            raise UserError(f'{len(left_out)} of {len(paths)} pictures could not be read: see the warnings above')
+
+
+def _reconstruct(tokenizer: tiling.TiledTokenizer, path: Path, target: Path) -> bool:
+    """Writes one picture; False, with a warning, when it cannot be read."""
+    try:
+        img_HWC = open_picture(path)
+    except UserError as error:
+        warn(str(error))
+        return False
+    made_HWC = tiling.reconstruct(tokenizer, img_HWC)
+    error = np.mean(np.square(made_HWC.astype(np.float32) - img_HWC))
+    Image.fromarray(made_HWC).save(target)
+    decibels = 10 * np.log10(255**2 / max(error, 1e-6))
+    print(f'{target}: {img_HWC.shape[1]}x{img_HWC.shape[0]}, PSNR {decibels:.2f} dB')
+    return True
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
-"""One case of tools/bench_tokenizer.py: compiles a training step, says so, waits for a line, then times the step.
+"""One case of tools/bench_tokenizer.py: compiles a training step or, when the setting says so, times it as well.
 
+The bench calls it twice: the program of the first call comes back from the persistent compilation cache in the second.
 Runs under the tree that PYTHONPATH names, which may be an older one of this project: it uses only what all have.
 """
 
@@ -26,6 +27,8 @@ from muse.config import read_run, to_dict
 from muse.models import vqgan
 from muse.train import tokenizer
 
+# Named scopes of the model and of its training, by which a profile is summed.
+PARTS = ('encoder', 'search', 'decoder', 'norm', 'perceptual', 'critic', 'optimizer', 'revival')
 TINY = {'channels': 8, 'channel_mult': (1, 1, 2), 'num_res_blocks': 1, 'codebook_size': 64, 'code_dim': 8}
 
 
@@ -36,6 +39,10 @@ def _doubled() -> None:
 
 def _plain_norm() -> None:
     vqgan.GroupNorm.swish = lambda self, x_BHWC: jax.nn.silu(self(x_BHWC))
+
+
+def _no_search() -> None:
+    vqgan.VQGAN.lookup = lambda self, latents_BhwC: jnp.zeros(latents_BhwC.shape[:-1], jnp.int32)
 
 
 def _remat() -> None:
@@ -55,7 +62,8 @@ def _float32_perceptual() -> None:
     tokenizer.load_net = lambda *args: load(*args).astype('float32')
 
 
-PATCHES = {'doubled': _doubled, 'plain_norm': _plain_norm, 'remat': _remat, 'float32_perceptual': _float32_perceptual}
+PATCHES = {'doubled': _doubled, 'plain_norm': _plain_norm, 'no_search': _no_search, 'remat': _remat}
+PATCHES['float32_perceptual'] = _float32_perceptual
 
 
 def make_run(setting: dict[str, Any]) -> tuple[Any, int]:
@@ -87,8 +95,40 @@ def _largest(spent: Mapping[str, float], top: int) -> list[tuple[str, float]]:
     return sorted(spent.items(), key=lambda item: -item[1])[:top]
 
 
-def profiled(step: Any, state: Any, batch: Any, key: Any, text: str, top: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Costliest operations of two steps: milliseconds a step, share, and where in the model each comes from."""
+def _part(source: str) -> str:
+    """'back decoder norm' for an operation of that scope in the backward pass; '' outside of all."""
+    names = [name for name in re.findall(r'\w+', source) if name in PARTS]
+    return ' '.join(['back'] * ('transpose(' in source) + list(dict.fromkeys(names)))
+
+
+def summed(spent: Mapping[str, float], text: str, top: int) -> list[dict[str, Any]]:
+    """The costliest parts of the model, kinds of operation and operations.
+
+    Args:
+        spent: operation → milliseconds.
+        text: the compiled program, which says where an operation comes from.
+        top: rows of each.
+    """
+    where = dict(re.findall(r'%?([\w.-]+) = ([^\n]*)', text))
+    found = {name: re.search(r'op_name="([^"]*)"', where.get(name, '')) for name in spent}
+    sources = {name: match.group(1) if match else '' for name, match in found.items()}
+    total = sum(spent.values())
+    parts: collections.defaultdict[str, float] = collections.defaultdict(float)
+    kinds: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for name, ms in spent.items():
+        parts[_part(sources[name])] += ms
+        kinds[re.sub(r'[._]?\d+$', '', name)] += ms
+    rows = []
+    for label, group in (('part', parts), ('kind', kinds), ('op', spent)):
+        for name, ms in _largest(group, top):
+            rows.append({label: name, 'ms': round(ms, 3), 'share': round(ms / total, 4)})
+            if label == 'op':
+                rows[-1] |= {'shape': where.get(name, '').split(' ')[0][:90], 'from': sources[name][-110:]}
+    return rows
+
+
+def profiled(step: Any, state: Any, batch: Any, key: Any, top: int) -> list[dict[str, Any]]:
+    """What two steps spend their time on: milliseconds a step, share, and where in the model it comes from."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(2):
@@ -99,19 +139,7 @@ def profiled(step: Any, state: Any, batch: Any, key: Any, text: str, top: int) -
         spent: collections.defaultdict[str, float] = collections.defaultdict(float)
         for name, duration_ns in _events(list(data.planes)):
             spent[name] += duration_ns / 2e6
-    where = dict(re.findall(r'%?([\w.-]+) = ([^\n]*)', text))
-    total, rows = sum(spent.values()), []
-    kinds: collections.defaultdict[str, float] = collections.defaultdict(float)
-    for name, ms in spent.items():
-        kinds[re.sub(r'[._]?\d+$', '', name)] += ms
-    for name, ms in _largest(kinds, top):
-        rows.append({'kind': name, 'ms': round(ms, 3), 'share': round(ms / total, 4)})
-    for name, ms in _largest(spent, top):
-        line = where.get(name, '')
-        source = re.search(r'op_name="([^"]*)"', line)
-        about = {'shape': line.split(' ')[0][:90], 'from': source.group(1)[-110:] if source else ''}
-        rows.append({'op': name, 'ms': round(ms, 3), 'share': round(ms / total, 4), **about})
-    return state, rows
+    return summed(spent, str(step.as_text()), top)
 
 
 def _filled(abstract: Any) -> Any:
@@ -126,7 +154,7 @@ def _filled(abstract: Any) -> Any:
 
 
 def main(setting: dict[str, Any]) -> None:
-    """Compiles, waits, measures, prints."""
+    """Compiles, measures when asked to, prints one line."""
     for name in setting['patches']:
         PATCHES[name]()
     run, side = make_run(setting)
@@ -137,10 +165,16 @@ def main(setting: dict[str, Any]) -> None:
     abstract = jax.eval_shape(task.init, key)
     begun = time.perf_counter()
     step = jax.jit(task.step, donate_argnums=0).lower(abstract, batch, key).compile()
-    print(json.dumps({'compile_s': (compile_s := round(time.perf_counter() - begun, 1))}), flush=True)
-    sys.stdin.readline()
-    # Any weights do; the initialisers would have to be compiled.
-    state = _filled(abstract)
+    seconds = round(time.perf_counter() - begun, 1)
+    found: dict[str, Any] = {'compile_s': seconds}
+    if setting['timed']:
+        found = {'load_s': seconds} | _measured(step, _filled(abstract), batch, key, setting)
+        found |= {'side': side, 'model': to_dict(run.model), 'loss': dataclasses.asdict(run.loss)}
+    print(json.dumps(found), flush=True)
+
+
+def _measured(step: Any, state: Any, batch: Any, key: Any, setting: dict[str, Any]) -> dict[str, Any]:
+    """Times of steps, memory, and the profile. Any weights do: the initialisers would have to be compiled."""
     state, metrics = step(state, batch, key)
     jax.block_until_ready(metrics)
     state['step'] = state['step'] * 0 + 1
@@ -152,23 +186,16 @@ def main(setting: dict[str, Any]) -> None:
         times.append((time.perf_counter() - begun) * 1e3)
     memory: Any = step.memory_analysis()
     stats = jax.devices()[0].memory_stats()
-    found = {
-        'side': side,
+    return {
         'ms': round(statistics.mean(times), 3),  # the mean, since R1 comes in some steps only
         'ms_median': round(statistics.median(times), 3),
         'ms_max': round(max(times), 3),
         'steps': len(times),
-        'compile_s': compile_s,
         'temporaries_gib': round(memory.temp_size_in_bytes / 2**30, 3),
         'peak_gib': round(stats['peak_bytes_in_use'] / 2**30, 3) if stats else None,
         'loss_value': float(metrics['loss']),
-        'model': to_dict(run.model),
-        'loss': dataclasses.asdict(run.loss),
-        'profile': [],
+        'profile': profiled(step, state, batch, key, setting['top']) if setting['top'] else [],
     }
-    if setting['top']:
-        _, found['profile'] = profiled(step, state, batch, key, str(step.as_text()), setting['top'])
-    print(json.dumps(found), flush=True)
 
 
 if __name__ == '__main__':

@@ -14,16 +14,18 @@ import math
 import multiprocessing
 import os
 import runpy
+import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from muse.config import DataConfig, TokenizerRun, read_run
-from muse.errors import UserError
+from muse.errors import UserError, warn
 
 _WAIT_SECONDS, _MOST_SECONDS = 0.5, 1800  # for the pictures to be drawn
 _AHEAD = 2  # steps queued on the device
@@ -99,8 +101,9 @@ def changed(
 
 
 def pool_path(folder: str, data: DataConfig) -> Path:
-    """Where the pictures of a split at one side lie."""
-    return Path(folder) / f'{data.split}_{data.image_size}.npy'
+    """Where the pictures of a source, split and side lie."""
+    about = repr(dataclasses.replace(data, path=os.path.abspath(data.path), workers=0))
+    return Path(folder) / f'{data.split}_{data.image_size}_{zlib.crc32(about.encode()):08x}.npy'
 
 
 def draw_pool(folder: str, data: DataConfig, number: int, *, seed: int) -> Path:
@@ -220,40 +223,110 @@ def run_trial(trial: Trial, setting: Setting) -> dict[str, Any]:
 
 
 def run_trials(
-    trials: Sequence[Trial], setting: Setting, *, jobs: int, pool: int, heldout: int, out: Path
+    trials: Sequence[Trial], setting: Setting, *, jobs: int, pool: int, heldout: int, out: Path, deadline: float
 ) -> list[dict[str, Any]]:
-    """Runs trials in processes of their own, `jobs` at a time, and appends each row to `out` as it comes.
+    """Runs trials in processes of their own, `jobs` at a time, and prints and appends each row to `out` as it comes.
 
     Args:
-        trials: what to run.
+        trials: what to run, in this order.
         setting: what they share.
         jobs: processes at a time; they share the device.
         pool: pictures to train on.
         heldout: pictures to judge on.
         out: a JSONL file.
+        deadline: of `time.monotonic`; what still runs then is ended.
 
     Returns:
-        The rows, in the order of `trials`.
+        The rows, in the order of `trials`. A trial that failed or did not finish has none; a warning names it.
 
     Raises:
-        UserError: a trial failed; rows of those before it are in the file.
+        UserError: the data or a judge is missing.
     """
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # several processes share the device
     out.parent.mkdir(parents=True, exist_ok=True)
     sources = _sources(trials, pool, heldout)
     _check(sources, setting)
+    started = _Started(trials, setting, jobs, deadline)
     rows: dict[int, dict[str, Any]] = {}
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as executor:
-        futures = {executor.submit(run_trial, trial, setting): i for i, trial in enumerate(trials)}
+    try:
+        started.more()
         for data, number, seed in sources:
             draw_pool(setting.pool, data, number, seed=seed)
-        for future in as_completed(futures):
-            row = rows[futures[future]] = future.result()
-            with out.open('a', encoding='utf-8') as stream:
-                print(json.dumps(row), file=stream)
-            print(json.dumps(row), flush=True)
-    return [rows[i] for i in range(len(trials))]
+        while ready := started.finished():
+            for i, row in ready:
+                if isinstance(row, str):
+                    warn(f'{trials[i].name}: {row}')
+                    continue
+                rows[i] = row
+                with out.open('a', encoding='utf-8') as stream:
+                    print(json.dumps(row), file=stream)
+                print(json.dumps(row), flush=True)
+            started.more()
+    finally:
+        late = started.end()
+    if late:
+        names = ', '.join(trials[i].name for i in late)
+        warn(f'not finished within the time limit: {names}; give more --minutes or fewer --steps')
+    return [rows[i] for i in sorted(rows)]
+
+
+class _Started:
+    """Processes of trials, at most `jobs` at a time."""
+
+    def __init__(self, trials: Sequence[Trial], setting: Setting, jobs: int, deadline: float):
+        self.waiting, self.setting = list(enumerate(trials)), setting
+        self.jobs, self.deadline = jobs, deadline
+        self.running: dict[connection.Connection, tuple[int, Any]] = {}
+
+    def more(self) -> None:
+        """Starts the next trials while there is room and time."""
+        context = multiprocessing.get_context('spawn')
+        while self.waiting and len(self.running) < self.jobs and time.monotonic() < self.deadline:
+            i, trial = self.waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_report, args=(sender, trial, self.setting), daemon=True)
+            process.start()
+            sender.close()
+            self.running[receiver] = (i, process)
+
+    def finished(self) -> list[tuple[int, dict[str, Any] | str]]:
+        """Waits for trials to end: the number of each with its row, or with what went wrong. Empty when time is up."""
+        found: list[tuple[int, dict[str, Any] | str]] = []
+        left = max(0.0, self.deadline - time.monotonic())
+        for receiver in connection.wait(list(self.running), left) if self.running else []:
+            assert isinstance(receiver, connection.Connection)
+            i, process = self.running.pop(receiver)
+            try:
+                row = receiver.recv()
+            except EOFError:
+                row = 'its process ended without a result; the error is above'
+            process.join()
+            found.append((i, row))
+        return found
+
+    def end(self) -> list[int]:
+        """Ends what still runs; returns the numbers of all trials without a result."""
+        for _, process in self.running.values():
+            process.terminate()
+            process.join()
+        return sorted([i for i, _ in self.running.values()] + [i for i, _ in self.waiting])
+
+
+def _end_with_parent() -> None:
+    """A killed command must not leave trials behind that hold the device."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _report(sender: connection.Connection, trial: Trial, setting: Setting) -> None:
+    """What the process of a trial does: sends its row, or the message of a `UserError`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        sender.send(run_trial(trial, setting))
+    except UserError as error:
+        sender.send(str(error))
 
 
 def _sources(trials: Sequence[Trial], pool: int, heldout: int) -> list[tuple[DataConfig, int, int]]:

@@ -136,7 +136,8 @@ class GroupNorm(nnx.Module):
 
     def swish(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
         """swish(norm(x)), with a backward pass that keeps nothing of the picture's size but x."""
-        return _norm_swish(x_BHWC, self.scale[...], self.bias[...], self.groups, self.epsilon)
+        with jax.named_scope('norm'):
+            return _norm_swish(x_BHWC, self.scale[...], self.bias[...], self.groups, self.epsilon)
 
 
 def _moments(x_BHWC: Array, groups: int, epsilon: float) -> tuple[Array, Array]:
@@ -279,10 +280,27 @@ class Reconstruction(NamedTuple):
     quantised_BhwC: Float[Array, 'B h w C']  # the codes in value, the latents in gradient: what was decoded
 
 
+def _check(config: VQConfig) -> None:
+    """Raises UserError when a size of the model is out of range."""
+    sizes = {name: getattr(config, name) for name in ('channels', 'num_res_blocks', 'codebook_size', 'code_dim')}
+    sizes |= {f'channel_mult[{i}]': mult for i, mult in enumerate(config.channel_mult or (0,))}
+    for name in ('decoder_channels', 'decoder_num_res_blocks'):
+        if getattr(config, name) is not None:
+            sizes[name] = getattr(config, name)
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f'model.{name} is {size}: give at least 1')
+
+
 class VQGAN(nnx.Module):
-    """Encoder, codebook, decoder. Pixels are floats in [-1, 1]; both sides must be multiples of `config.factor`."""
+    """Encoder, codebook, decoder. Pixels are floats in [-1, 1]; both sides must be multiples of `config.factor`.
+
+    Raises:
+        UserError: sizes that are out of range, or do not fit the quantizer.
+    """
 
     def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+        _check(config)
         self.config = config
         self.quantizer = make_quantizer(config)
         self.encoder = Encoder(config, rngs=rngs)
@@ -307,13 +325,15 @@ class VQGAN(nnx.Module):
                 f'a picture of {height}x{width} pixels does not divide into tokens of {factor}x{factor}: '
                 f'resize or crop both sides to multiples of {factor}'
             )
-        z_BhwC = self.encoder(img_BHWC.astype(self.config.dtype)).astype(jnp.float32)
+        with jax.named_scope('encoder'):
+            z_BhwC = self.encoder(img_BHWC.astype(self.config.dtype)).astype(jnp.float32)
         return self.quantizer.project(z_BhwC)
 
     def lookup(self, latents_BhwC: Float[Array, 'B h w C']) -> Int[Array, 'B h w']:
         """Ids of the codes nearest to latents."""
         flat_NC = latents_BhwC.reshape(-1, latents_BhwC.shape[-1])
-        ids_N = self.quantizer.ids(*jax.lax.stop_gradient((flat_NC, self.codes())))
+        with jax.named_scope('search'):
+            ids_N = self.quantizer.ids(*jax.lax.stop_gradient((flat_NC, self.codes())))
         return ids_N.reshape(latents_BhwC.shape[:-1])
 
     def encode(self, img_BHWC: Float[Array, 'B H W 3']) -> Int[Array, 'B h w']:
@@ -338,7 +358,8 @@ class VQGAN(nnx.Module):
         return Reconstruction(self._decode(quantised_BhwC), ids_Bhw, latents_BhwC, quantised_BhwC)
 
     def _decode(self, codes_BhwC: Any) -> Float[Array, 'B H W 3']:
-        return self.decoder(codes_BhwC.astype(self.config.dtype)).astype(jnp.float32)
+        with jax.named_scope('decoder'):
+            return self.decoder(codes_BhwC.astype(self.config.dtype)).astype(jnp.float32)
 
 
 def _blocks(inputs: int, outputs: int, depth: int, rngs: nnx.Rngs) -> nnx.List:

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from muse.config import OptimConfig, VQConfig, VQLossConfig
+from muse.errors import UserError
 from muse.evals.reconstruction import psnr
 from muse.models import discriminator as adversary
 from muse.models import perceptual
@@ -37,6 +38,21 @@ class Judgement(NamedTuple):
     grad_BHWC: Float[Array, 'B H W 3']  # of `loss`
     adversarial_BHWC: Float[Array, 'B H W 3']  # of the adversarial loss, unweighted; 0 while the critic does not play
     metrics: Metrics
+
+
+def check_losses(config: VQLossConfig) -> None:
+    """Raises UserError when a weight is negative or a count of the losses is out of range."""
+    for name in ('l1', 'l2', 'perceptual', 'adversarial', 'r1', 'lecam', 'commitment', 'codebook', 'entropy'):
+        if getattr(config, name) < 0:
+            raise UserError(f'loss.{name} is {getattr(config, name)}: give a weight of 0 or more')
+    for name, low in (
+        ('r1_every_steps', 1),
+        ('discriminator_channels', 1),
+        ('adversarial_start_step', 0),
+        ('revive_after_steps', 0),
+    ):
+        if getattr(config, name) < low:
+            raise UserError(f'loss.{name} is {getattr(config, name)}: give at least {low}')
 
 
 def make_critic(loss: VQLossConfig, model: VQConfig, key: Key[Array, '']) -> Discriminator:
@@ -66,8 +82,10 @@ def picture_terms(config: VQLossConfig, net: Perceptual, real_BHWC: Array, fake_
     }
     if config.perceptual:
         # A picture's own features need no gradient: XLA then keeps none of that pass.
-        real_features = jax.lax.stop_gradient(perceptual.features(net, real_BHWC))
-        terms['perceptual'] = jnp.mean(perceptual.distance(net, real_features, perceptual.features(net, fake_BHWC)))
+        with jax.named_scope('perceptual'):
+            real_features = jax.lax.stop_gradient(perceptual.features(net, real_BHWC))
+            distance_B = perceptual.distance(net, real_features, perceptual.features(net, fake_BHWC))
+        terms['perceptual'] = jnp.mean(distance_B)
     total = sum((getattr(config, name) * term for name, term in terms.items()), jnp.zeros(()))
     return total, terms | {'psnr': jnp.mean(psnr(fake_BHWC, real_BHWC))}
 
@@ -89,7 +107,8 @@ def judge(
     adversarial, adversarial_BHWC = silent
     if config.adversarial:
         fool = jax.value_and_grad(lambda fake_BHWC: adversary.generator_loss(critic(fake_BHWC)))
-        adversarial, adversarial_BHWC = jax.lax.cond(playing, fool, lambda _: silent, fake_BHWC)
+        with jax.named_scope('critic'):
+            adversarial, adversarial_BHWC = jax.lax.cond(playing, fool, lambda _: silent, fake_BHWC)
     return Judgement(loss, grad_BHWC, adversarial_BHWC, metrics | {'adversarial': adversarial})
 
 
@@ -144,7 +163,8 @@ def critic_gradients(
         return off(disc)
     branches = [off, plain] + ([penalised] if config.r1 else [])
     due = state['step'] % config.r1_every_steps == 0 if config.r1 else jnp.array(False)
-    return jax.lax.switch(jnp.where(playing, jnp.where(due, 2, 1), 0), branches, disc)
+    with jax.named_scope('critic'):
+        return jax.lax.switch(jnp.where(playing, jnp.where(due, 2, 1), 0), branches, disc)
 
 
 def update_critic(

@@ -26,7 +26,7 @@ from muse.train.frozen import Net, place
 from muse.train.micro_batches import over_micro_batches
 from muse.train.optim import learning_rate, make_optimizer, update_ema
 from muse.train.task import Batch, Metrics, State, Task
-from muse.train.tokenizer import GRID_PICTURES, PERCEPTUAL, load_net
+from muse.train.tokenizer import GRID_PICTURES, PERCEPTUAL, check_sides, load_net
 
 _FREE = ('decoder_channels', 'decoder_num_res_blocks', 'dtype')  # model keys that may differ from the tokenizer's
 CODES = 'codes'  # batch key of the code vectors that the frozen tokenizer made of the pictures
@@ -135,8 +135,10 @@ def decoder_task(run: DecoderRun, mesh: Mesh) -> Task:
     """The `Task` of a decoder run.
 
     Raises:
-        UserError: as `load_frozen`, or the perceptual net is asked for and missing.
+        UserError: as `load_frozen`, losses out of range, or the perceptual net is asked for and missing.
     """
+    adversary.check_losses(run.loss)
+    check_sides(run)
     part, nets, net = load_frozen(run), make_nets(run), load_net(run.loss, run.model, mesh)
     frozen = place(part, 'tokenizer', mesh)
     codes = jax.jit(lambda params, img_BHWC: encode(dataclasses.replace(frozen, params=params), img_BHWC))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from muse import masking
 from muse.config import BaseRun, SuperresRun
+from muse.train.micro_batches import over_micro_batches
 from muse.train.optim import learning_rate, make_optimizer, update_ema
 from muse.train.task import Batch, Metrics, State
 
@@ -54,23 +55,11 @@ def gradients(
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def of(batch: Batch) -> tuple[nnx.State, Metrics]:
+    def of(batch: Batch) -> tuple[tuple[nnx.State, Metrics], tuple[()]]:
         (loss, metrics), grads = value_and_grad(params, batch)
-        return grads, {'loss': loss, **metrics}
+        return (grads, {'loss': loss, **metrics}), ()
 
-    if accumulate == 1:
-        return of(batch)
-
-    # Micro-batch i takes rows i, i + A, i + 2A …: each device keeps the rows it already holds.
-    def split(x: Array) -> Array:
-        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, x: t + x / accumulate, total, of(micro_batch)), None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, batch))
-    micro_batches = {name: split(x) for name, x in batch.items()}
-    return jax.lax.scan(add, zeros, micro_batches)[0]
+    return over_micro_batches(of, batch, accumulate)[0]
 
 
 def update(

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from muse.config import TokenizerRun, VQConfig, VQLossConfig
+from muse.config import DecoderRun, TokenizerRun, VQConfig, VQLossConfig
+from muse.errors import UserError
 from muse.mesh import replicated
 from muse.models import perceptual, quantize
 from muse.models.perceptual import Perceptual
@@ -134,8 +135,9 @@ def train_step(run: TokenizerRun, nets: Nets, state: State, batch: Batch, key: K
     """One step of both optimisers. `batch`: 'img' uint8 `[B, H, W, 3]` and the frozen net that `prepare` added."""
     playing = state['step'] >= run.loss.adversarial_start_step
     found, latents_NC = gradients(run, nets, state, batch[PERCEPTUAL], to_float(batch['img']), playing)
-    updates, opt = make_optimizer(run.optim, run.train.steps).update(found.tokenizer, state['opt'], state['params'])
-    params, step = optax.apply_updates(state['params'], updates), state['step'] + 1
+    with jax.named_scope('optimizer'):
+        updates, opt = make_optimizer(run.optim, run.train.steps).update(found.tokenizer, state['opt'], state['params'])
+        params, step = optax.apply_updates(state['params'], updates), state['step'] + 1
     new = {
         'step': step,
         'params': params,
@@ -152,7 +154,8 @@ def train_step(run: TokenizerRun, nets: Nets, state: State, batch: Batch, key: K
         'grad_norm': optax.tree.norm(found.tokenizer),
         'learning_rate': learning_rate(run.optim, run.train.steps)(state['step']),
     }
-    return _revive(run, new, found.counts_V, latents_NC, key), metrics
+    with jax.named_scope('revival'):
+        return _revive(run, new, found.counts_V, latents_NC, key), metrics
 
 
 def evaluate(run: TokenizerRun, nets: Nets, state: State, batch: Batch) -> Metrics:
@@ -186,12 +189,24 @@ def export(run: TokenizerRun, state: State, folder: str) -> None:
     save_part(folder, 'tokenizer', config=run.model, params=state['ema'], storage='float32', extra=extra)
 
 
+def check_sides(run: TokenizerRun | DecoderRun) -> None:
+    """Raises UserError when the sources' pictures are no whole number of tokens."""
+    factor = run.model.factor
+    for name, data in (('data', run.data), ('eval_data', run.eval_data)):
+        if data.image_size < 1 or data.image_size % factor:
+            raise UserError(
+                f'{name}.image_size is {data.image_size}: a token covers {factor} pixels, give a multiple of {factor}'
+            )
+
+
 def tokenizer_task(run: TokenizerRun, mesh: Mesh | None = None) -> Task:
     """The `Task` of a tokenizer run.
 
     Raises:
-        UserError: the perceptual net is asked for and missing.
+        UserError: sizes or losses out of range, or the perceptual net is asked for and missing.
     """
+    adversary.check_losses(run.loss)
+    check_sides(run)
     nets, net = make_nets(run), load_net(run.loss, run.model, mesh)
     jitted_draw = jax.jit(lambda params, img_BHWC: draw(nets, params, img_BHWC))
     return Task(

@@ -32,6 +32,11 @@ SMALL = {
 }
 
 
+def but_slow(names, *fast):
+    """Parameters of which only some run with the fast tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -61,8 +66,14 @@ def test_lfq_bits_by_hand():
     assert int(LFQ(3, False).ids(jnp.array([[0.1, -2.0, 3.0]]), jnp.zeros((8, 3)))[0]) == 0b101
 
 
-@pytest.mark.parametrize('sphere', [False, True])
-@pytest.mark.parametrize('max_bytes', [10**6, 200])
+@pytest.mark.parametrize(
+    ('sphere', 'max_bytes'),
+    [
+        (False, 10**6),
+        (True, 200),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 10**6), (False, 200))),
+    ],
+)
 def test_lfq_entropy_is_that_of_all_codes(sphere, max_bytes):
     """The factorised form against the softmax over every code, with its gradient."""
     quantizer = LFQ(6, sphere)
@@ -80,7 +91,7 @@ def test_lfq_entropy_is_that_of_all_codes(sphere, max_bytes):
     np.testing.assert_allclose(jax.grad(factorised)(z), expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize('name', PAPER)
+@pytest.mark.parametrize('name', but_slow(PAPER, 'vq', 'lfq'))
 def test_search_and_entropy_stay_within_256_mib(name):
     """At 64x64 tokens x 8192 codes x batch 16; all distances would be 2 GiB."""
     config = PAPER[name]
@@ -98,7 +109,7 @@ def test_search_and_entropy_stay_within_256_mib(name):
         assert memory.temp_size_in_bytes <= 256 * 2**20
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', but_slow(SMALL, 'vq'))
 def test_encode_decode_and_soft_look_ups(name):
     sizes = {'channels': 8, 'channel_mult': (1, 2), 'num_res_blocks': 1, 'codebook_size': 50, 'code_dim': 6}
     config = VQConfig(**(sizes | SMALL[name]))

@@ -34,7 +34,7 @@ def toy_run(folder, model=None, **loss) -> DecoderRun:
         data=data,
         eval_data=data,
         tokenizer=str(folder),
-        loss=VQLossConfig(discriminator_channels=4, r1_every_steps=4, **loss),
+        loss=VQLossConfig(discriminator_channels=4, r1=0.0, **loss),  # R1 is tested, and compiled, with the tokenizer
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=3, b2=0.99),
         discriminator_optim=OptimConfig(learning_rate=1e-3, warmup_steps=0, b2=0.99),
     )

@@ -146,7 +146,8 @@ def test_export_is_read_back(trained, tmp_path):
     assert part.config == run.model and equal(part.params, trained[0]['ema'])
 
 
-def test_loss_is_the_weighted_sum_of_its_terms_and_revival_can_be_off():
+@pytest.mark.slow
+def test_loss_is_the_weighted_sum_of_all_its_terms_and_revival_can_be_off():
     terms = {'l2': 0.5, 'perceptual': 0.3, 'commitment': 0.7, 'codebook': 2.0, 'entropy': 0.2, 'adversarial': 0.1}
     run = toy_run(terms | {'revive_after_steps': 0, 'r1': 0.0}, {'l2_normalize': False})
     state, history = train(run, 2)
@@ -196,6 +197,9 @@ def test_critic_waits_for_its_start_then_learns_with_r1():
     assert not equal(state['disc'], start['disc'])
     assert all(h['disc'] > 0 and h['adversarial'] > 0 for h in later)
     assert later[0]['r1'] > 0 and later[1]['r1'] == 0 and later[2]['r1'] > 0
+    weights = {'l1': 1.0, 'perceptual': 0.05, 'adversarial': 0.1, 'commitment': 0.25, 'codebook': 1.0}
+    for metrics in later[:3]:
+        assert metrics['loss'] == pytest.approx(sum(w * metrics[name] for name, w in weights.items()), rel=1e-5)
 
 
 def test_critic_learns_to_tell_real_from_made():
@@ -204,6 +208,7 @@ def test_critic_learns_to_tell_real_from_made():
     assert np.mean([h['disc'] for h in history[-20:]]) < np.mean([h['disc'] for h in history[:5]])
 
 
+@pytest.mark.slow
 def test_bf16_is_finite_and_learns():
     _, history = train(toy_run(PLAYS, {'dtype': 'bfloat16'}), 8)
     assert all(np.isfinite(value) for h in history for value in h.values())
@@ -277,7 +282,8 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
         np.testing.assert_allclose(adaptive, wanted, atol=5e-3 * (np.abs(wanted).max() + 1e-6))
 
 
-@pytest.mark.parametrize('kind', [pytest.param('fsq', marks=pytest.mark.slow), 'lfq'])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['fsq', 'lfq'])
 def test_the_other_quantizers_train(kind):
     model = {'quantizer': kind, 'l2_normalize': False, 'code_dim': 3 if kind == 'fsq' else 6}
     model |= {'levels': (4, 4, 4)} if kind == 'fsq' else {}
@@ -292,8 +298,9 @@ def test_the_other_quantizers_train(kind):
     assert ('commitment' in history[0]) == (kind == 'lfq')
 
 
-def test_eight_devices_give_the_same_step():
-    run = toy_run(PLAYS)
+@pytest.mark.parametrize('loss', [{}, pytest.param(PLAYS, marks=pytest.mark.slow)])
+def test_eight_devices_give_the_same_step(loss):
+    run = toy_run(loss)
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     task = tokenizer_task(run, mesh)
     with jax.set_mesh(mesh):
@@ -310,3 +317,26 @@ def test_eight_devices_give_the_same_step():
 def test_missing_perceptual_net(tmp_path):
     with pytest.raises(UserError, match='run tools/fetch_perceptual.py'):
         tokenizer_task(toy_run({'perceptual_net': str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'loss': {'r1_every_steps': 0}}, 'loss.r1_every_steps is 0: give at least 1'),
+        ({'loss': {'adversarial': -0.1}}, 'loss.adversarial is -0.1: give a weight of 0 or more'),
+        ({'model': {'num_res_blocks': 0}}, 'model.num_res_blocks is 0: give at least 1'),
+        ({'model': {'channel_mult': ()}}, r'model.channel_mult\[0\] is 0: give at least 1'),
+        ({'model': {'decoder_channels': 0}}, 'model.decoder_channels is 0: give at least 1'),
+        ({'model': {'quantizer': 'lfq', 'l2_normalize': False}}, r'must be 2\^code_dim'),
+    ],
+)
+def test_sizes_and_losses_out_of_range(changes, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer_task(toy_run(**changes))
+
+
+def test_pictures_that_are_no_whole_tokens():
+    run = toy_run()
+    wrong = dataclasses.replace(run, eval_data=dataclasses.replace(run.eval_data, image_size=17))
+    with pytest.raises(UserError, match='eval_data.image_size is 17: a token covers 2 pixels, give a multiple of 2'):
+        tokenizer_task(wrong)

@@ -122,6 +122,7 @@ def learned():
     return run, *train(run, 60)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(learned):
     run, reference, _ = learned
     losses, state = train(dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 4, devices=8)
@@ -141,6 +142,7 @@ def test_it_learns_to_read_the_low_res_tokens(learned):
     assert abs(metrics['loss_no_text'] - metrics['loss']) < 0.3, 'the text says nothing here'
 
 
+@pytest.mark.slow
 def test_the_one_decoder_draws_what_the_low_res_tokens_say(learned):
     run, _, state = learned
     batch = jax.tree.map(jnp.asarray, toy_batch(777, 32))
@@ -229,6 +231,27 @@ def run_over(parts: Path, **changes) -> SuperresRun:
     )
 
 
+def check_export(run: SuperresRun, folder: Path, parts: Path, state) -> None:
+    """The averaged weights are there, and the frozen nets are named."""
+    part = load_part(folder, 'superres')
+    assert part.config == run.model
+    assert part.extra['tokenizer_sha256'] == load_part(parts / 'low', 'tokenizer').hash
+    assert part.extra['superres_tokenizer_sha256'] == load_part(parts / 'high', 'tokenizer').hash
+    assert part.extra['decode']['steps'] == 3
+    for ours, theirs in zip(jax.tree.leaves(part.params), jax.tree.leaves(state['ema']), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_export_is_the_average_and_names_the_frozen_nets(parts, tmp_path):
+    run = run_over(parts)
+    ema = nnx.split(filled(lambda: Superres(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[1]
+    state = {'step': jnp.array(7), 'ema': ema}
+    superres.superres_task(run, make_mesh(run.mesh)).export(state, str(tmp_path))
+    check_export(run, tmp_path, parts, state)
+    assert load_part(tmp_path, 'superres').extra['step'] == 7
+
+
+@pytest.mark.slow
 def test_the_loop_trains_evaluates_draws_and_exports(parts, tmp_path):
     quick = TrainConfig(steps=4, batch_size=8, log_every_steps=2, save_every_minutes=0.0, eval_batches=1)
     run = run_over(parts, train=quick)
@@ -236,13 +259,7 @@ def test_the_loop_trains_evaluates_draws_and_exports(parts, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
     assert {'eval_loss_other_low', 'eval_loss_no_text', 'loss'} <= set().union(*lines)
     assert list((tmp_path / 'run' / 'grids').iterdir())
-    part = load_part(tmp_path / 'run' / 'export', 'superres')
-    assert part.config == run.model
-    assert part.extra['tokenizer_sha256'] == load_part(parts / 'low', 'tokenizer').hash
-    assert part.extra['superres_tokenizer_sha256'] == load_part(parts / 'high', 'tokenizer').hash
-    assert part.extra['decode']['steps'] == 3
-    for ours, theirs in zip(jax.tree.leaves(part.params), jax.tree.leaves(state['ema']), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    check_export(run, tmp_path / 'run' / 'export', parts, state)
 
 
 def test_pictures_are_encoded_by_both_tokenizers(parts):
