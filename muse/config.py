@@ -44,9 +44,10 @@ class VQConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicVQConfig:
-    """A published VQGAN (taming-transformers, latent diffusion, diffusers' VQModel), as `tools/import_tokenizer.py` reads
-    it. Not the paper's: groups of its norms, attention and the padding of its strides are its own. Levels are listed
-    from full resolution to the coarsest; the defaults are aMUSEd's.
+    """A published VQGAN (taming-transformers, latent diffusion, diffusers' VQModel): see `tools/import_tokenizer.py`.
+
+    Not the paper's: groups of its norms, attention and the padding of its strides are its own. Levels are listed from
+    full resolution to the coarsest; the defaults are aMUSEd's.
     """
 
     kind: Literal['public']
