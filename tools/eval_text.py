@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
             'bag_of_embeddings': lambda: embedding_states(encoder, tokenizer),
             'bag_of_ngrams': lambda: ngram_states,
         }
-        if TEACHER.value:
-            encoders['teacher'] = lambda: teacher_states(Path(TEACHER.value))
+        if teacher := TEACHER.value:
+            encoders['teacher'] = lambda: teacher_states(Path(teacher))
         report |= {name: scores(make(), questions) for name, make in encoders.items()}
         print(json.dumps(report, indent=2))
 
