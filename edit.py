@@ -14,13 +14,14 @@ the file's folder. Output, restarts, rejected rows and exit codes are as those o
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 from absl import app, flags
 
 import muse
-from muse.config import FreeEditConfig
-from muse.errors import UserError, main_guard
+from muse.config import DecodeConfig, FreeEditConfig
+from muse.errors import UserError, main_guard, warn
 from muse.jobs import command_line
 from muse.jobs.command_line import parse
 from muse.jobs.editing import EditJob, edit_all, read_edits
@@ -29,6 +30,7 @@ from muse.jobs.sampling import Knobs
 from muse.settings import override
 
 FLAGS = flags.FLAGS
+DECODING = tuple(field.name for field in dataclasses.fields(DecodeConfig))
 flags.DEFINE_string('image', None, 'The picture to edit.')
 flags.DEFINE_string('prompt', None, 'What the edited picture shows, or the part of it around the mask.')
 flags.DEFINE_string('mask', None, "White where the picture is painted anew; of the picture's size.")
@@ -58,15 +60,34 @@ def row_of_flags() -> dict:
 def frames() -> list[int]:
     """The iterations to show."""
     try:
-        return [int(frame) for frame in FLAGS.frames]
+        shown = [int(frame) for frame in FLAGS.frames]
     except ValueError:
         raise UserError(f'--frames={",".join(FLAGS.frames)}: write iterations as 25,50,75') from None
+    if shown and not FLAGS.strip:
+        raise UserError('--frames says what a strip shows: add --strip, or leave it out')
+    return shown
+
+
+def warn_of_idle(kind: str) -> None:
+    """Names flags that are given and do nothing in this kind of edit."""
+    own = {'iterations', 'share', 'frames'}
+    idle = {
+        'free': {*DECODING, 'context'} - {'guidance_scale', 'temperature', 'top_k', 'top_p'},
+        'upscale': {*DECODING, 'context', *own},
+        'outpaint': {'context', *own},
+        'variation': {'context', *own},
+    }.get(kind, own)
+    if given := sorted(f'--{name}' for name in idle if FLAGS[name].present):
+        instead = '; --iterations sets how often' if kind == 'free' and '--steps' in given else ''
+        warn(f'not read by --{kind}: {", ".join(given)}{instead}')
 
 
 def main(argv: list[str]) -> int:
     """Edits as the flags say; the exit code."""
     command_line.no_arguments(argv, lambda argument: f"--image='{argument}'")
     given, shown = read_edits(row_of_flags(), FLAGS.jobs), frames()
+    if FLAGS.jobs is None:
+        warn_of_idle(given.rows[0].kind)
     process, processes = command_line.processes()
     model = muse.load(FLAGS.model)
     knobs = EditKnobs(

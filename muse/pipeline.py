@@ -248,7 +248,7 @@ class Muse:
             mask: black and white, of the picture's size.
             prompt: describes the whole window, the new part included.
             negative_prompt, seed, steps, guidance_scale, temperature, decoding, superres: as for `generate`.
-            context: size of the window over that of the mask; a large number takes the whole picture.
+            context: size of the window over that of the mask, at least 1; a large number takes the whole picture.
 
         Returns:
             A picture of the size of `image`. Outside the mask its pixels are those of `image`, bit for bit; the

@@ -151,7 +151,7 @@ def count(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer from `low` to `high`."""
     wanted = f'an integer from {low} to {high}' if high is not None else f'an integer of at least {low}'
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low or value > (high or value):
-        raise UserError(f'{name} is {value!r}; give {wanted}')
+        raise UserError(f'{name} is {repr(value)[:40]}; give {wanted}')
     return int(value)
 
 
@@ -159,7 +159,7 @@ def number(name: str, value: Any, high: float = 1e6) -> float:
     """A number from 0 to `high`."""
     wanted = 'a number of at least 0' if high >= 1e6 else f'a number from 0 to {high:g}'
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= high:
-        raise UserError(f'{name} is {value!r}; give {wanted}')
+        raise UserError(f'{name} is {repr(value)[:40]}; give {wanted}')
     return float(value)
 
 
@@ -167,6 +167,13 @@ def share(name: str, value: Any) -> float:
     """A number above 0, at most 1."""
     if number(name, value, high=1) == 0:
         raise UserError(f'{name} is {value!r}; give a number above 0, at most 1')
+    return float(value)
+
+
+def context(value: Any) -> float:
+    """How much larger than its hole an edit's window is: at least 1, or parts of the hole would stay as they are."""
+    if number('context', value) < 1:
+        raise UserError(f'context is {value!r}; give a number of at least 1')
     return float(value)
 
 

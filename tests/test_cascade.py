@@ -101,23 +101,32 @@ def test_windows_agree_with_the_whole_where_there_is_one(cascade_model):
 
 
 def test_other_orders_and_limits_reach_the_picture(tiny_model):
-    own = tiny_model.release.decode
-    variants = [
+    check_all_differ(
+        tiny_model,
         {},
         {'order': 'halton'},
-        {'order': 'random'},
-        {'guidance_schedule': 'constant', 'guidance_scale': 9.0},
+        {'guidance_scale': 9.0},
         {'guidance_scale': 9.0, 'guidance_interval': (0.9, 1.0)},
-        {'top_p': 0.3, 'temperature': 60.0},
-        {'top_k': 4, 'temperature': 60.0},
+        {'top_k': 64, 'top_p': 0.3, 'temperature': 60.0},
+        {'top_k': 4, 'top_p': 0.9999, 'temperature': 60.0},
         {'temperature': 60.0, 'final_temperature': 0.0},
         {'temperature': 60.0},
         {'choice_temperature': 0.0},
-    ]
+    )
+
+
+@pytest.mark.slow
+def test_each_of_them_alone(tiny_model):
+    hot = {'temperature': 60.0}
+    variants = [{'order': 'random'}, {'guidance_schedule': 'constant'}, {'guidance_schedule': 'cosine'}]
+    check_all_differ(tiny_model, {}, hot, *variants, {'top_p': 0.3, **hot}, {'top_k': 4, **hot}, {'schedule': 'cubic'})
+
+
+def check_all_differ(model, *variants):
     drawn = []
     for knobs in variants:
-        settings = tiny_model.settings(seed=2, decoding=dataclasses.replace(own, **knobs))
-        drawn += tokens(tiny_model.draw([Row(prompt='a red apple')], settings))
+        settings = model.settings(seed=2, decoding=dataclasses.replace(model.release.decode, **knobs))
+        drawn += tokens(model.draw([Row(prompt='a red apple')], settings))
     assert len(set(drawn)) == len(variants)
 
 
@@ -177,6 +186,7 @@ def test_wrong_rows_are_refused_before_anything_is_drawn(tiny_model):
     assert list(tiny_model.draw([], settings)) == []
 
 
+@pytest.mark.slow
 def test_rows_are_spread_over_the_devices_of_a_host(release_folder, alone):
     """As on accelerators, with virtual CPU devices; the second batch is filled up."""
     model = muse.load(release_folder)

@@ -31,7 +31,7 @@ def table_logits(tok_BT, progress):
     return jnp.sin(mix_BT[..., None] * jnp.arange(1, V + 1) * 3.1) * 2
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(unknown=st.lists(st.integers(0, 4096), min_size=1, max_size=6), steps=st.integers(1, 64))
 def test_counts_free_at_least_one_token_a_step_and_all_at_the_end(unknown, steps):
     left_KB = np.asarray(masked_counts(jnp.array(unknown), steps, 'cosine'))
@@ -59,7 +59,7 @@ def test_counts_follow_the_schedule_of_each_rows_own_unknown_tokens(schedule):
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_lowest_marks_exactly_k_under_ties_in_every_dtype(data):
-    rows, length = 3, data.draw(st.integers(1, 40))
+    rows, length = 3, data.draw(st.sampled_from([1, 7, 40]))  # each is compiled
     dtype = data.draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]))
     values = data.draw(st.lists(st.integers(0, 3), min_size=rows * length, max_size=rows * length))
     score = jnp.array(values, dtype).reshape(rows, length)
@@ -76,7 +76,9 @@ def test_lowest_marks_exactly_k_under_ties_in_every_dtype(data):
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize('steps', [1, 3, 40])
+@pytest.mark.parametrize(
+    'steps', [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(40, marks=pytest.mark.slow)]
+)
 def test_known_tokens_are_immune_and_nothing_stays_masked(dtype, steps):
     key = jax.random.key(3)
     canvas_BT = jax.random.randint(key, (5, 24), 0, V)
@@ -116,9 +118,9 @@ def test_bf16_logits_are_sampled_with_float32_noise():
     ranks = jnp.arange(8192)
     logits_V = (-0.9 * jnp.log1p(ranks.astype(jnp.float32) / 8)).astype(jnp.bfloat16)
     exact = np.asarray(jax.nn.softmax(logits_V.astype(jnp.float32))[:16].sum())
-    draws = sample_tokens(row_keys(7, jnp.arange(4)), jnp.broadcast_to(logits_V, (4, 1500, 8192)), 1.0)[0]
+    draws = sample_tokens(row_keys(7, jnp.arange(4)), jnp.broadcast_to(logits_V, (4, 250, 8192)), 1.0)[0]
     found = np.mean(np.asarray(draws) < 16)
-    assert abs(found - exact) < 4 * np.sqrt(exact * (1 - exact) / 6000)
+    assert abs(found - exact) < 4 * np.sqrt(exact * (1 - exact) / 1000)
 
 
 def test_noise_depends_on_seed_index_and_step_alone():

@@ -55,6 +55,7 @@ def test_a_script_writes_its_pictures(name, tiny_model, cascade_model, tmp_path)
     assert {'upscale': {(28, 18)}, 'outpaint': {(32, 16), (24, 24)}}.get(name, {(16, 16)}) == sizes
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tiny_model, monkeypatch):
     notebook = json.loads((EXAMPLES / 'tour.ipynb').read_text(encoding='utf-8'))
     assert notebook['nbformat'] == 4 and notebook['nbformat_minor'] >= 5

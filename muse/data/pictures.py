@@ -46,14 +46,21 @@ def open_picture(source: str | Path | bytes | Image.Image | np.ndarray) -> np.nd
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3 or not source.size:
             raise UserError(f'pixels are {source.dtype} {list(source.shape)}: give uint8 [height, width, 3], 0 to 255')
         return source
-    where = f"picture '{source}'" if isinstance(source, str | Path) else 'the picture'
-    if isinstance(source, str | Path) and not Path(source).is_file():
+    where = f"picture '{' '.join(str(source).split())}'" if isinstance(source, str | Path) else 'the picture'
+    if isinstance(source, str | Path) and not _is_file(Path(source)):
         raise UserError(f'{where} does not exist: give the path of a picture file')
     try:
         with _opened(Path(source) if isinstance(source, str) else source, where) as picture:
             return np.asarray(to_rgb(ImageOps.exif_transpose(picture)))
     except BadPicture as error:
         raise UserError(f'{where} cannot be used ({error}): give a whole picture file, e.g. PNG or JPEG') from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        return False
 
 
 def picture_files(folder: str | Path) -> list[Path]:

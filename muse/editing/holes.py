@@ -19,7 +19,8 @@ from muse.data.pictures import MAX_PIXELS, MAX_SIDE
 from muse.editing import regions
 from muse.editing.regions import Box
 from muse.errors import UserError, warn
-from muse.settings import Row, Settings, count, number, text
+from muse.settings import Row, Settings, count, text
+from muse.settings import context as checked_context
 
 if TYPE_CHECKING:
     from muse.pipeline import Muse
@@ -34,7 +35,7 @@ def inpaint(
     context: float,
 ) -> UInt8[np.ndarray, 'H W 3']:
     """The picture with the white of the mask painted anew; see `Muse.inpaint`."""
-    number('context', context)
+    checked_context(context)
     hole_HW = regions.open_mask(mask, (img_HWC.shape[1], img_HWC.shape[0]))
     if not hole_HW.any():
         warn('the mask is empty (no pixel of 128 or more): the picture is returned as it is')

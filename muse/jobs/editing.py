@@ -15,13 +15,11 @@ from muse.errors import UserError
 from muse.jobs import extras
 from muse.jobs.edits import COLUMNS, SIDES, Edit, Editing, EditKnobs, before, hole, make_item, read_edit
 from muse.jobs.plan import Item, Names
-from muse.jobs.rows import Reject, Table, read_table, warn_of_rejects
-from muse.jobs.run import Report, open_store, picture_files, png, run, write_rejects
-from muse.jobs.stores import Files
+from muse.jobs.rows import Reject, Table, read_table
+from muse.jobs.run import Report, open_store, picture_files, png, run, say_rejects
+from muse.jobs.stores import STRIP, Files
 from muse.pipeline import Muse
 from muse.settings import count
-
-STRIP = '.strip.png'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +58,6 @@ def edit_all(
     items = _checked(model, knobs, given, rejects, job)
     plan = Editing(items, 1 if job.form == 'folder' else job.shard_size)
     store = open_store(job.out, job.form, [STRIP] * job.strip, process, processes)
-    if process == 0 and job.jobs_file is not None:
-        warn_of_rejects(job.jobs_file, rejects, write_rejects(store.place, rejects))
 
     def draw(unit: int, items: list[Item]) -> Iterator[list[Image.Image]]:
         del unit
@@ -71,7 +67,10 @@ def edit_all(
         files = picture_files(pictures[-1], item.about, item.about_json)
         return files | ({STRIP: png(extras.strip(pictures), {})} if job.strip else {})
 
-    outcome = run(plan, store, draw, pack, process=process, count=processes, overwrite=job.overwrite)
+    def begin() -> None:
+        say_rejects(job.jobs_file, store.place, rejects, process)
+
+    outcome = run(plan, store, draw, pack, begin=begin, process=process, count=processes, overwrite=job.overwrite)
     return Report(outcome, len(items), len(rejects))
 
 

@@ -164,10 +164,10 @@ def _checked(model: Muse, edit: Edit, shared: EditKnobs, size: tuple[int, int]) 
     match edit.kind:
         case 'mask':
             regions.open_mask(edit.how, size)
-            return {**settings, 'context': knobs.number('context', shared.context), 'mask_sha256': _sha256(edit.how)}
+            return {**settings, 'context': knobs.context(shared.context), 'mask_sha256': _sha256(edit.how)}
         case 'box':
             _check_box(edit.how, size)
-            return {**settings, 'context': knobs.number('context', shared.context)}
+            return {**settings, 'context': knobs.context(shared.context)}
         case 'outpaint':
             holes.outpainted(size, [edit.how.get(side, 0) for side in SIDES])
         case 'free':

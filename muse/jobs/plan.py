@@ -60,7 +60,9 @@ def file_id(value: Any) -> str:
     """A row's own name for its files; raises UserError where it could not be one."""
     value = str(value) if type(value) is int else value
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise UserError(f'id is {value!r}; give up to 100 letters, digits, - and _, beginning with a letter or digit')
+        raise UserError(
+            f'id is {repr(value)[:120]}; give up to 100 letters, digits, - and _, beginning with a letter or digit'
+        )
     return value
 
 

@@ -78,7 +78,7 @@ def read_table(
     if not rows:
         raise UserError(f"'{file}' holds no row that can be used: line {rejects[0].line}: {rejects[0].error}")
     for name in sorted(unknown):
-        warn(f"'{file}': column '{name[:40]}' is not used{nearest(name, columns)}")
+        warn(f"'{file}': column {name[:40]!r} is not used{nearest(name, columns)}")
     return Table(rows, rejects)
 
 
@@ -122,9 +122,8 @@ def _jsonl(stream: TextIO) -> Iterator[Line]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield Line(
-                number, line, {}, f'it is no JSON ({getattr(error, "msg", "nested too deep")}): write one object a line'
-            )
+            why = getattr(error, 'msg', 'nested too deep or a number too long')
+            yield Line(number, line, {}, f'it is no JSON ({why}): write one object a line')
             continue
         if isinstance(values, dict):
             yield Line(number, line, values)
@@ -140,6 +139,7 @@ def _numbered(stream: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def _csv(stream: TextIO, file: str) -> Iterator[Line]:
+    csv.field_size_limit(MAX_FILE_BYTES)  # else a field over 128 kB breaks the file instead of its row
     reader = csv.reader(stream, strict=True)
     header: list[str] | None = None
     while True:
@@ -201,10 +201,10 @@ def whole_numbers(name: str, value: Any, count: int, form: str, mark: str = ',')
     """`count` whole numbers out of a text like '1,2' or a list; `form` shows how they are written."""
     parts = value.split(mark) if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or len(parts) != count:
-        raise UserError(f'{name} is {value!r}; write it as {form}')
+        raise UserError(f'{name} is {repr(value)[:40]}; write it as {form}')
     numbers = tuple(integer(name, part) for part in parts)
     if any(type(number) is not int for number in numbers):
-        raise UserError(f'{name} is {value!r}; write it as {form}')
+        raise UserError(f'{name} is {repr(value)[:40]}; write it as {form}')
     return numbers
 
 

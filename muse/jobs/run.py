@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from muse.errors import UserError
 from muse.jobs.plan import Item, Plan, share
-from muse.jobs.rows import Reject
+from muse.jobs.rows import Reject, warn_of_rejects
 from muse.jobs.stores import ABOUT, PICTURE, Files, Folder, Place, Shards, Store, open_folder
 
 if TYPE_CHECKING:
@@ -67,7 +67,15 @@ def open_store(out: str, form: str, endings: Sequence[str], process: int = 0, co
 
 
 def run(
-    plan: Plan, store: Store, draw: Draw, pack: Pack, *, process: int = 0, count: int = 1, overwrite: bool = False
+    plan: Plan,
+    store: Store,
+    draw: Draw,
+    pack: Pack,
+    *,
+    begin: Callable[[], None] = lambda: None,
+    process: int = 0,
+    count: int = 1,
+    overwrite: bool = False,
 ) -> Outcome:
     """Draws this process's share of a plan, and writes the manifest once all shares are there.
 
@@ -76,6 +84,7 @@ def run(
         store: where to.
         draw: draws a whole unit, also when only a part of it is missing: in batches, no picture then changes.
         pack: turns a result into files; runs in threads.
+        begin: called before the first picture, once it is sure that nothing of another job is in the way.
         process, count: which of how many processes this is.
         overwrite: draw all of it again.
 
@@ -89,6 +98,7 @@ def run(
         missing = len(items) if overwrite else len(store.missing(unit, items))
         kept, total = kept + len(items) - missing, total + len(items)
         todo += [unit] if missing else []
+    begin()
     with ThreadPoolExecutor(_WORKERS) as pool, _bar(total, kept) as bar:
         for unit in todo:
             items = plan.items(unit)
@@ -163,11 +173,14 @@ def write_rejects(place: Place, rejects: Sequence[Reject]) -> Path:
         lines = [json.dumps(reject._asdict(), ensure_ascii=False) + '\n' for reject in rejects]
         place.write(REJECTS, ''.join(lines).encode(errors='replace'))
     else:
-        try:
-            (place.folder / REJECTS).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"'{place.folder / REJECTS}' cannot be removed ({error.strerror})") from None
+        place.remove(REJECTS)
     return place.folder / REJECTS
+
+
+def say_rejects(file: str | None, place: Place, rejects: Sequence[Reject], process: int) -> None:
+    """Writes and names the rejected rows of a file; one process speaks for all."""
+    if process == 0 and file is not None:
+        warn_of_rejects(file, rejects, write_rejects(place, rejects))
 
 
 def identity(model: Muse) -> dict[str, Any]:

@@ -16,13 +16,11 @@ from muse.errors import UserError
 from muse.jobs import extras
 from muse.jobs.plan import Item
 from muse.jobs.prompts import COLUMNS, Drawing, Prompt, Size, make_plan, read_prompt
-from muse.jobs.rows import Reject, Table, read_table, warn_of_rejects
-from muse.jobs.run import Report, identity, open_store, picture_files, png, run, write_rejects
-from muse.jobs.stores import ABOUT, PICTURE, Files, Store
+from muse.jobs.rows import Reject, Table, read_table
+from muse.jobs.run import Report, identity, open_store, picture_files, png, run, say_rejects
+from muse.jobs.stores import ABOUT, GIF, PICTURE, TOKENS, Files, Store
 from muse.pipeline import Drawn, Muse
 from muse.settings import Settings, Superres, count
-
-GIF, TOKENS = '.gif', '.npz'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,7 @@ def sample(model: Muse, job: Job, knobs: Knobs, given: Table[Prompt], process: i
         extras.check_grid(plan.pictures)
     endings = [GIF] * job.gif + [TOKENS] * job.save_tokens
     store = open_store(job.out, job.form, endings, process, processes)
-    if process == 0 and job.prompts_file is not None:
-        rejects.sort(key=lambda reject: reject.line)
-        warn_of_rejects(job.prompts_file, rejects, write_rejects(store.place, rejects))
+    rejects.sort(key=lambda reject: reject.line)
 
     def draw(unit: int, items: list[Item]) -> Iterable[Drawn]:
         return model.draw([item.task for item in items], plan.settings(unit), batch_size=plan.batch_size(unit))
@@ -90,7 +86,10 @@ def sample(model: Muse, job: Job, knobs: Knobs, given: Table[Prompt], process: i
         files |= {GIF: extras.gif(model.frames(drawn))} if job.gif else {}
         return files | ({TOKENS: extras.tokens(drawn.low, drawn.high)} if job.save_tokens else {})
 
-    outcome = run(plan, store, draw, pack, process=process, count=processes, overwrite=job.overwrite)
+    def begin() -> None:
+        say_rejects(job.prompts_file, store.place, rejects, process)
+
+    outcome = run(plan, store, draw, pack, begin=begin, process=process, count=processes, overwrite=job.overwrite)
     if job.grid and outcome.complete:
         _write_grid(plan, store, job, {**identity(model), **dataclasses.asdict(shared)})
     return Report(outcome, plan.pictures, len(rejects))

@@ -21,6 +21,8 @@ from muse.jobs.plan import Item
 
 Files = dict[str, bytes]  # ending → contents of one picture's files
 PICTURE, ABOUT = '.png', '.json'
+GIF, TOKENS, STRIP = '.gif', '.npz', '.strip.png'
+BESIDE = (GIF, TOKENS, STRIP)  # what a job may write beside a picture
 
 
 def open_folder(out: str) -> Path:
@@ -60,6 +62,13 @@ class Place:
         """A whole file at once."""
         with self.writing(name) as stream:
             stream.write(contents)
+
+    def remove(self, name: str) -> None:
+        """A file that need not be there."""
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"'{self.folder / name}' cannot be removed ({error.strerror})") from None
 
     def sweep(self) -> None:
         """Removes what killed runs have left half-written; each process those that are its own to remove."""
@@ -117,9 +126,18 @@ class Folder:
         stems = {item.stem for item in wanted}
         for item, files in made:
             if item.stem in stems:
+                self._clear(item)
                 for ending in (ABOUT, *self._endings, PICTURE):
                     self.place.write(item.stem + ending, files[ending])
                 yield item
+
+    def _clear(self, item: Item) -> None:
+        """Takes away the picture, so that a kill amid its files leaves nothing that looks whole; and what else an
+        earlier job has put beside another picture of this name."""
+        about = self._path(item, ABOUT)
+        same = about.exists() and about.read_bytes() == item.about_json
+        for ending in (PICTURE, *(() if same else BESIDE)):
+            self.place.remove(item.stem + ending)
 
     def picture(self, unit: int, item: Item) -> bytes:
         """The PNG file."""

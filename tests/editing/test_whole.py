@@ -120,7 +120,7 @@ def test_other_edits_compile_nothing_new(tiny_model):
     assert traces.total() == before
 
 
-@pytest.mark.parametrize('size', [(16, 24), (9, 14)])
+@pytest.mark.parametrize('size', [pytest.param((16, 24), marks=pytest.mark.slow), (9, 14)])  # slow: in windows
 def test_upscaling_doubles_the_picture(cascade_model, size):
     image = noise(*size)
     large = cascade_model.upscale(image, seed=1)

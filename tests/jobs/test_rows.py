@@ -92,6 +92,17 @@ def test_broken_csv_names_the_first_line_of_the_row(tmp_path):
     assert open_quote.rejects[0].line == 3 and 'line 4 is broken' in open_quote.rejects[0].error
 
 
+def test_long_fields_and_strange_names(tmp_path):
+    """Texts as long as a prompt may be are read from CSV too; longer ones cost their row alone."""
+    table = read(file(tmp_path, 'p.csv', 'prompt\n' + 'a ' * 100_000 + '\n' + 'b' * 2_000_000 + '\nlast\n'))
+    assert [row[1] for row in prompts(table)] == [2, 4] and 'over the limit' in table.rejects[0].error
+    with pytest.warns(InputWarning) as caught:
+        read(file(tmp_path, 'p.jsonl', '{"prompt": "a", "two\\nlines": 1}\n'))
+    assert '\n' not in str(caught[0].message)
+    long = read(file(tmp_path, 'q.jsonl', '{"prompt": "a"}\n{"prompt": "a", "seed": ' + '9' * 4000 + '}\n'))
+    assert 'seed is 999' in long.rejects[0].error and len(long.rejects[0].error) < 200
+
+
 def test_bytes_that_are_no_utf8_reject_their_row_only(tmp_path):
     table = read(file(tmp_path, 'p.txt', b'a cat\ncaf\xe9\n'))
     assert prompts(table) == [(0, 1, 'a cat')]

@@ -129,6 +129,36 @@ def test_what_another_job_left_is_not_overwritten(whole, tmp_path):
     assert contents(tmp_path) != files
 
 
+def test_a_kill_amid_overwriting_leaves_no_old_picture_that_looks_new(tmp_path, monkeypatch):
+    """The new .json beside the old picture would be taken for a finished one."""
+    out = tmp_path / 'out'
+    do(out)
+    (out / '0000_x.npz').write_bytes(b'of the first job')
+    replace, left = stores.os.replace, iter(range(1))
+
+    def stop(*paths):
+        if next(left, None) is None:
+            raise Stopped
+        replace(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(stores.os, 'replace', stop)
+        do(out, plan=Numbers(1, 4, seed=1), overwrite=True)
+    do(out, plan=Numbers(1, 4, seed=1))
+    do(tmp_path / 'whole', plan=Numbers(1, 4, seed=1))
+    whole, found = contents(tmp_path / 'whole'), contents(out)
+    assert {name: found.get(name) for name in whole} == {**whole, 'manifest.jsonl': found['manifest.jsonl']}
+    assert '0000_x.npz' not in found
+
+
+def test_nothing_is_begun_where_another_job_is_in_the_way(tmp_path):
+    begun = []
+    do(tmp_path, begin=lambda: begun.append(1))
+    with pytest.raises(UserError, match='drawn otherwise'):
+        do(tmp_path, plan=Numbers(10, 4, seed=1), begin=lambda: begun.append(2))
+    assert begun == [1]
+
+
 def test_strange_files_in_the_way(tmp_path):
     (tmp_path / '0002_x.png').write_bytes(b'mine')
     with pytest.raises(UserError, match='0002_x.png. is there already and not of this job'):
