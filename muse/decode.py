@@ -215,30 +215,6 @@ def decode_steps(
     return jnp.where(masked_KBT, _codes(logits_fn, canvas_BT), tok_KBT)
 
 
-def decode(
-    logits_fn: LogitsFn,
-    canvas_BT: Int[Array, 'B T'],
-    keep_BT: Bool[Array, 'B T'],
-    keys_B: Key[Array, ' B'],
-    *,
-    steps: int,
-    temperature: float | Array = 1.0,
-    choice_temperature: float | Array = 4.5,
-    schedule: Schedule = 'cosine',
-) -> Int[Array, 'B T']:
-    """The last canvas of `decode_steps`: int32 ids, no MASK among them."""
-    return decode_steps(
-        logits_fn,
-        canvas_BT,
-        keep_BT,
-        keys_B,
-        steps=steps,
-        temperature=temperature,
-        choice_temperature=choice_temperature,
-        schedule=schedule,
-    )[-1]
-
-
 def resample_steps(
     logits_fn: LogitsFn,
     canvas_BT: Int[Array, 'B T'],

@@ -7,7 +7,6 @@ else is drawn with it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -123,7 +122,7 @@ class Muse:
         given = {'steps': steps, 'guidance_scale': guidance_scale, 'temperature': temperature}
         base = knobs.override(decoding or self.release.decode, **given)
         checked = Settings(
-            **_fields(knobs.decoding(base, math.prod(canvas.low))),
+            **knobs.fields(knobs.decoding(base, math.prod(canvas.low))),
             seed=knobs.count('seed', seed, 0, knobs.MAX_SEED),
             negative_prompt=knobs.text('negative_prompt', negative_prompt or ''),
             size=canvas.size,
@@ -369,7 +368,6 @@ class Muse:
         """Token ids `[rows, columns]`, int32, of a picture whose sides are multiples of the tokenizer's factor.
 
         Args:
-            image: the picture.
             high: with the super-res' tokenizer instead of the base's.
         """
         img_HWC, factor = pixels(image), self._tokenizer_config(high).factor
@@ -400,8 +398,3 @@ def pixels(image: Picture) -> np.ndarray:
     if not isinstance(image, Image.Image | np.ndarray | str | Path):
         raise UserError(f'image is a {type(image).__name__}; give a PIL.Image, an array [height, width, 3] or a path')
     return open_picture(image)
-
-
-def _fields(config: DecodeConfig) -> dict[str, Any]:
-    """The fields of a config by name, without turning nested ones into dicts."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DecodeConfig)}

@@ -191,4 +191,9 @@ def size(value: Any) -> tuple[int, int]:
     return count('width', value[0], 1), count('height', value[1], 1)
 
 
+def fields(config: DecodeConfig) -> dict[str, Any]:
+    """The fields of a config by name, without turning nested ones into dicts."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(DecodeConfig)}
+
+
 Superres = DecodeConfig | Literal[False] | None

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muse.decode import (
-    decode,
     decode_steps,
     halton_order,
     lowest,
@@ -19,6 +18,12 @@ from muse.decode import (
     sample_tokens,
 )
 from muse.errors import UserError
+
+
+def decode(*arguments, **knobs):
+    """The last canvas."""
+    return decode_steps(*arguments, **knobs)[-1]
+
 
 V = 11
 sample = jax.jit(sample_tokens)
@@ -321,13 +326,6 @@ def test_a_temperature_a_row_and_a_step():
     assert (canvas_KBT[1, 0] == 4).all()
     first = canvas_KBT[0, 1] != V
     assert (canvas_KBT[1, 1][~first] == 4).all() and (canvas_KBT[1, 1][first] != 4).any()
-
-
-def test_decode_is_the_last_of_its_steps():
-    blank = jnp.zeros((2, 24), jnp.int32)
-    arguments = (table_logits, blank, blank > 0, row_keys(0, jnp.arange(2)))
-    last, steps = jax.jit(lambda: (decode(*arguments, steps=4), decode_steps(*arguments, steps=4)))()
-    assert (last == steps[-1]).all()
 
 
 @settings(max_examples=2, deadline=None)

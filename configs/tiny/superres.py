@@ -6,7 +6,7 @@
     ... and once more with --split=heldout_pairs --num=0, then:
     python train.py --config=configs/tiny/superres.py --workdir=runs/tiny/superres
 
-Hardware: 2 CPU cores, minutes.
+Hardware: 2 CPU cores. Not yet run to its end: the loss fell from 5.3 to 4.4 in the first 60 of its steps.
 """
 
 from muse.train.command_line import complete

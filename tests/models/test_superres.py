@@ -8,7 +8,7 @@ from filled import filled
 from flax import nnx
 
 from muse.config import SuperresConfig
-from muse.decode import decode, row_keys
+from muse.decode import decode_steps, row_keys
 from muse.errors import UserError
 from muse.models.superres import Superres
 
@@ -181,7 +181,8 @@ def test_the_one_decoder_runs_on_it(batch):
         net = nnx.merge(graphdef, params)
         memory = net.memory(low, txt)
         canvas = jnp.zeros((low.shape[0], 64), jnp.int32)
-        return decode(lambda tok, _: net.logits(tok, memory, length), canvas, canvas > 0, row_keys(0, index), steps=3)
+        keys = row_keys(0, index)
+        return decode_steps(lambda tok, _: net.logits(tok, memory, length), canvas, canvas > 0, keys, steps=3)[-1]
 
     drawn = np.asarray(draw(low, txt, length, jnp.arange(3)))
     assert drawn.min() >= 0 and drawn.max() < 17

@@ -27,7 +27,7 @@ from muse.config import (
 )
 from muse.data.precomputed import Meta, encode_record
 from muse.data.shards import ShardWriter, begin_split, finish_split
-from muse.decode import decode, row_keys
+from muse.decode import decode_steps, row_keys
 from muse.errors import UserError
 from muse.mesh import make_mesh, replicated, shard_batch, shardings
 from muse.models.superres import Superres
@@ -152,13 +152,13 @@ def test_the_one_decoder_draws_what_the_low_res_tokens_say(learned):
         model = nnx.merge(graphdef_of(run), params)
         memory = model.memory(batch['low'], batch['txt'])
         canvas = jnp.zeros((32, SIDE * SIDE), jnp.int32)
-        return decode(
+        return decode_steps(
             lambda tok, _: model.logits(tok, memory, batch['len']),
             canvas,
             canvas > 0,
             row_keys(0, jnp.arange(32)),
             steps=4,
-        )
+        )[-1]
 
     right = np.asarray(draw(state['ema'])) // 4 == batch['tok'] // 4
     assert right.mean() > 0.5, 'by chance 1/8'
