@@ -20,7 +20,7 @@ from muse.errors import InputWarning, UserError
 from muse.mesh import make_mesh
 from muse.models.vqgan import VQGAN
 from muse.release.format import load_part, save_part
-from muse.train import base, frozen, loop
+from muse.train import base, feed, frozen, loop
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
@@ -44,7 +44,7 @@ def use_toys(patch):
         offset = 0 if data is config.data else 1000
         return (toy_batch(offset + i, config.train.batch_size) for i in itertools.count(start_step))
 
-    patch.setattr(loop, '_batches', batches)
+    patch.setattr(feed, 'host_batches', batches)
     patch.setattr(loop, '_check_data', lambda config: None)  # the made-up batches have no source
     patch.setattr(frozen, 'check_precomputed', lambda *_: SimpleNamespace(text_encoder_hash='of the text'))
 
