@@ -55,6 +55,7 @@ ROWS = [
     {'variation': 1},
     {'image': 'x' * 300, 'variation': 1},
     {'image': 'photo.png', 'box': [0, 0, 10**50, 4], 'prompt': 'x'},
+    {'image': 'photo.png', 'upscale': True, 'steps': 4},
 ]
 SAID = [
     'holds no super-res',
@@ -75,7 +76,7 @@ SAID += [
     'names no image',
     'does not exist',
 ]
-SAID += ['within 40×32']
+SAID += ['within 40×32', 'an upscale reads no steps']
 
 
 def wrong_cases(pictures, release_folder, folder):
@@ -138,7 +139,7 @@ def test_rows_come_out_as_files_and_restart(job):
     names = [f'{stem}{end}' for stem in stems for end in ('.json', '.png', '.strip.png')]
     assert sorted(contents(out / 'rows')) == sorted([*names, 'manifest.jsonl', 'rejects.jsonl'])
     rejects = [json.loads(line) for line in (out / 'rows/rejects.jsonl').read_text().splitlines()]
-    assert [reject['line'] for reject in rejects] == list(range(6, 22))
+    assert [reject['line'] for reject in rejects] == list(range(6, 23))
     for reject, said in zip(rejects, SAID, strict=True):
         assert said in reject['error'] and '\n' not in reject['error'], reject
     manifest = [json.loads(line) for line in (out / 'rows/manifest.jsonl').read_text().splitlines()]

@@ -88,8 +88,14 @@ def wrong_cases(release_folder, model, folder):
     config = (other / 'config.json').read_text()
     (other / 'config.json').write_text(config.replace('"mlp_dim": 64', '"mlp_dim": 96'))
 
+    (folder / 'bad.jsonl').write_text('{}\n{"prompt": "a", "index": -1}\n')
+
     out, prompt = f'--out={folder / "none"}', '--prompt=a cat'
     return [
+        (
+            [f'--out={folder / "all_bad"}', model, f'--prompts_file={folder / "bad.jsonl"}'],
+            'no prompt: give one (all 2 in',
+        ),
         ([out, model], 'no prompt was given'),
         ([out, model, f'--prompts_file={folder / "none.txt"}'], 'none.txt'),
         ([out, model, f'--prompts_file={folder / "blank.txt"}'], 'holds no prompt'),
@@ -178,6 +184,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(job):
         assert said in stderr, (args, stderr)
         assert stdout == ''
     assert not (job[0] / 'none').exists()
+    assert contents(job[0] / 'all_bad')['rejects.jsonl'].count(b'\n') == 2
     assert (job[0] / 'file').read_text() == 'in the way'
 
 

@@ -16,7 +16,7 @@ from muse.jobs import extras
 from muse.jobs.edits import COLUMNS, SIDES, Edit, Editing, EditKnobs, before, hole, make_item, read_edit
 from muse.jobs.plan import Item, Names
 from muse.jobs.rows import Reject, Table, read_table
-from muse.jobs.run import Report, open_store, picture_files, png, run, say_rejects
+from muse.jobs.run import Report, open_store, picture_files, png, refuse_all, run, say_rejects
 from muse.jobs.stores import STRIP, Files
 from muse.pipeline import Muse
 from muse.settings import count
@@ -56,6 +56,8 @@ def edit_all(
     count('shard_size', job.shard_size, 1)
     rejects = list(given.rejects)
     items = _checked(model, knobs, given, rejects, job)
+    if not items:
+        refuse_all(job.jobs_file, job.out, rejects, process)
     plan = Editing(items, 1 if job.form == 'folder' else job.shard_size)
     store = open_store(job.out, job.form, [STRIP] * job.strip, process, processes)
 
@@ -89,9 +91,6 @@ def _checked(model: Muse, knobs: EditKnobs, given: Table[Edit], rejects: list[Re
                 raise
             rejects.append(Reject(edit.line, str(error), str(edit.image)))
     rejects.sort(key=lambda reject: reject.line)
-    if not items:
-        first = rejects[0]
-        raise UserError(f"'{job.jobs_file}' holds no row that can be used: line {first.line}: {first.error}")
     return items
 
 

@@ -78,6 +78,9 @@ def read_edit(place: int, line: int, values: Mapping[str, Any], folder: Path) ->
     [kind] = kinds
     if 'prompt' not in values and kind not in ('variation', 'upscale'):
         raise UserError('it has no prompt: say what the new picture shows')
+    for name in ('steps', 'guidance_scale', 'temperature') if kind == 'upscale' else ():
+        if name in values:
+            raise UserError(f'an upscale reads no {name}: leave it out')
     readers = {'seed': rows.integer, 'steps': rows.integer, 'negative_prompt': knobs.text}
     return Edit(
         place=place,

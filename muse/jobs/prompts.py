@@ -18,7 +18,7 @@ from muse.jobs import rows
 from muse.jobs.plan import Item, Names, file_id, slug
 from muse.settings import Row, Settings
 
-COLUMNS = ('prompt', 'id', 'seed', 'negative_prompt', 'guidance_scale', 'temperature', 'size')
+COLUMNS = ('prompt', 'id', 'seed', 'index', 'negative_prompt', 'guidance_scale', 'temperature', 'size')
 Size = tuple[int, int]
 
 
@@ -31,6 +31,7 @@ class Prompt:
     prompt: str
     id: str = ''
     seed: int | None = None
+    index: int | None = None  # of its first picture's noise, as a manifest has it
     negative_prompt: str | None = None
     guidance_scale: float | None = None
     temperature: float | None = None
@@ -41,7 +42,7 @@ def read_prompt(place: int, line: int, values: Mapping[str, Any]) -> Prompt:
     """A checked row out of the columns of a file; raises UserError for what cannot be drawn."""
     if 'prompt' not in values:
         raise UserError('it has no prompt: give one')
-    kinds = {'seed': rows.integer, 'guidance_scale': rows.real, 'temperature': rows.real}
+    kinds = {'seed': rows.integer, 'index': rows.integer, 'guidance_scale': rows.real, 'temperature': rows.real}
     own = {name: kind(name, values[name]) for name, kind in kinds.items() if name in values}
     for name in ('prompt', 'negative_prompt'):
         if name in values:
@@ -53,6 +54,7 @@ def read_prompt(place: int, line: int, values: Mapping[str, Any]) -> Prompt:
         prompt=checked.prompt,
         id=file_id(values['id']) if 'id' in values else '',
         seed=checked.seed,
+        index=checked.index if 'index' in values else None,
         negative_prompt=checked.negative_prompt,
         guidance_scale=checked.guidance_scale,
         temperature=checked.temperature,
@@ -123,8 +125,9 @@ class Drawing:
         return [f'{first + image:04d}_{slug(row.prompt)}' for image in range(self._num_images)]
 
     def _item(self, row: Prompt, image: int, settings: Settings) -> Item:
-        # A seed of its own makes a row's pictures independent of its place.
-        index = image if row.seed is not None else row.place * self._num_images + image
+        # A seed or an index of its own makes a row's pictures independent of its place.
+        place = row.place * self._num_images if row.seed is None else 0
+        index = (place if row.index is None else row.index) + image
         own = {name: getattr(row, name) for name in ('seed', 'negative_prompt', 'guidance_scale', 'temperature')}
         own = {name: value for name, value in own.items() if value is not None}
         about = {

@@ -61,7 +61,7 @@ def read_table(
         text_column: what a line of a text is; '' where a text is no table of this kind.
 
     Raises:
-        UserError: the file cannot be read, is over 64 MB, or holds no row that can be used.
+        UserError: the file cannot be read, is over 64 MB, or holds no row.
     """
     rows, rejects, unknown, place = [], [], set(), -1
     for place, line in enumerate(_lines(file, text_column)):  # noqa: B007
@@ -75,10 +75,10 @@ def read_table(
             rejects.append(Reject(line.number, str(error), line.text[:1000]))
     if place < 0:
         raise UserError(f"'{file}' holds no {text_column or 'row'}: write one a line")
-    if not rows:
-        raise UserError(f"'{file}' holds no row that can be used: line {rejects[0].line}: {rejects[0].error}")
-    for name in sorted(unknown):
-        warn(f"'{file}': column {name[:40]!r} is not used{nearest(name, columns)}")
+    if unknown and rows:
+        names = ', '.join(repr(name[:40]) for name in sorted(unknown)[:20])
+        near = nearest(*unknown, columns) if len(unknown) == 1 else ''
+        warn(f"'{file}': column{'s' * (len(unknown) > 1)} {names} {'are' if len(unknown) > 1 else 'is'} not used{near}")
     return Table(rows, rejects)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -181,6 +181,14 @@ def say_rejects(file: str | None, place: Place, rejects: Sequence[Reject], proce
     """Writes and names the rejected rows of a file; one process speaks for all."""
     if process == 0 and file is not None:
         warn_of_rejects(file, rejects, write_rejects(place, rejects))
+
+
+def refuse_all(file: str | None, out: str, rejects: Sequence[Reject], process: int) -> NoReturn:
+    """Raises the UserError of a file whose rows are all rejected; several reasons are written to the output folder."""
+    more = ''
+    if len(rejects) > 1 and process == 0:
+        more = f" (all {len(rejects)} in '{write_rejects(Place(open_folder(out)), rejects)}')"
+    raise UserError(f"'{file}' holds no row that can be used: line {rejects[0].line}: {rejects[0].error}{more}")
 
 
 def identity(model: Muse) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from muse.jobs import extras
 from muse.jobs.plan import Item
 from muse.jobs.prompts import COLUMNS, Drawing, Prompt, Size, make_plan, read_prompt
 from muse.jobs.rows import Reject, Table, read_table
-from muse.jobs.run import Report, identity, open_store, picture_files, png, run, say_rejects
+from muse.jobs.run import Report, identity, open_store, picture_files, png, refuse_all, run, say_rejects
 from muse.jobs.stores import ABOUT, GIF, PICTURE, TOKENS, Files, Store
 from muse.pipeline import Drawn, Muse
 from muse.settings import Settings, Superres, count
@@ -72,11 +72,13 @@ def sample(model: Muse, job: Job, knobs: Knobs, given: Table[Prompt], process: i
     shared = knobs.settings(model, None)
     rejects = list(given.rejects)
     plan = _plan(model, job, knobs, shared, given, rejects)
+    rejects.sort(key=lambda reject: reject.line)
+    if not len(plan):
+        refuse_all(job.prompts_file, job.out, rejects, process)
     if job.grid:
         extras.check_grid(plan.pictures)
     endings = [GIF] * job.gif + [TOKENS] * job.save_tokens
     store = open_store(job.out, job.form, endings, process, processes)
-    rejects.sort(key=lambda reject: reject.line)
 
     def draw(unit: int, items: list[Item]) -> Iterable[Drawn]:
         return model.draw([item.task for item in items], plan.settings(unit), batch_size=plan.batch_size(unit))
@@ -122,7 +124,7 @@ def _plan(
     # A CPU draws one picture at a time, so that no picture has to wait for others to be skipped.
     batch_size = 1 if model.cascade.on_cpu else job.batch_size
     unit = batch_size if job.form == 'folder' else job.shard_size
-    plan = make_plan(
+    return make_plan(
         given.rows,
         settings_of,
         refuse,
@@ -131,11 +133,6 @@ def _plan(
         batch_size=batch_size,
         unit=unit,
     )
-    if not len(plan):
-        raise UserError(
-            f"'{job.prompts_file}' holds no row that can be used: line {rejects[0].line}: {rejects[0].error}"
-        )
-    return plan
 
 
 def _write_grid(plan: Drawing, store: Store, job: Job, shared: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from muse.errors import InputWarning, UserError
 from muse.jobs.plan import all_items, share, slug
-from muse.jobs.prompts import Prompt, make_plan
+from muse.jobs.prompts import COLUMNS, Prompt, make_plan, read_prompt
 from muse.settings import Settings
 
 
@@ -40,6 +40,24 @@ def test_what_is_drawn_and_what_is_written_beside_it():
     assert {name: dog[name] for name in expected} == expected and dog['negative_prompt'] == 'none'
     assert named['id'] == 'my-id' and named['negative_prompt'] == '' and named['seed'] == 5 and named['model'] == 'm'
     assert json.loads(items[0].about_json)['size'] == [16, 16]
+
+
+def test_a_manifest_is_a_file_of_prompts_that_draws_the_same():
+    rows = [Prompt(3, 1, 'cat'), Prompt(5, 2, 'dog', seed=9), Prompt(6, 3, 'cow', guidance_scale=1.0, size=(16, 24))]
+    first = list(all_items(plan_of(rows, num_images=2)[0]))
+    lines = [json.loads(item.about_json) for item in first]
+    again = [
+        read_prompt(place, 1, {name: line[name] for name in COLUMNS if line.get(name) is not None})
+        for place, line in enumerate(lines)
+    ]
+    second = list(all_items(plan_of(again)[0]))
+    for a, b in zip(first, second, strict=True):
+        for name in ('seed', 'negative_prompt', 'guidance_scale', 'temperature'):
+            assert a.about[name] == b.about[name] and getattr(b.task, name) == a.about[name]
+        assert (a.task.prompt, a.task.index, a.about['size']) == (b.task.prompt, b.task.index, b.about['size'])
+    # An index of its own also counts on over the pictures of a row, with or without a seed.
+    more = list(all_items(plan_of([Prompt(4, 1, 'x', index=7), Prompt(5, 2, 'y', index=2, seed=3)], num_images=2)[0]))
+    assert [item.task.index for item in more] == [7, 8, 2, 3]
 
 
 def test_rows_are_grouped_by_size_and_batches_by_place():

@@ -45,7 +45,7 @@ def test_csv_and_jsonl_hold_the_same(tmp_path):
     ]
     lines = file(tmp_path, 'p.jsonl', '\n'.join(map(json.dumps, rows)))
     expected = [
-        Prompt(0, 2, 'a cat, sitting', 'cat', 7, 'a dog', 2.5, 0.5, (16, 24)),
+        Prompt(0, 2, 'a cat, sitting', 'cat', 7, None, 'a dog', 2.5, 0.5, (16, 24)),
         Prompt(1, 3, 'plain'),
     ]
     assert read(table).rows == expected
@@ -113,6 +113,15 @@ def test_unknown_columns_are_named(tmp_path):
     with pytest.warns(InputWarning, match="column 'sede' is not used; did you mean 'seed'"):
         table = read(file(tmp_path, 'p.csv', 'prompt,sede\na,3\n'))
     assert table.rows[0].seed is None
+    with pytest.warns(InputWarning, match="columns 'file', 'steps' are not used$"):
+        read(file(tmp_path, 'p.csv', 'prompt,steps,file\na,3,x\n'))
+
+
+def test_a_file_of_bad_rows_only_has_no_row(tmp_path):
+    table = read(file(tmp_path, 'p.csv', 'words\na cat\n'))
+    assert not table.rows and [(reject.line, reject.error[:16]) for reject in table.rejects] == [
+        (2, 'it has no prompt')
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,8 +132,6 @@ def test_unknown_columns_are_named(tmp_path):
         ('p.csv', '', 'holds no prompt'),
         ('p.csv', 'prompt\n', 'holds no prompt'),
         ('p.csv', 'prompt,prompt\na,b\n', 'twice'),
-        ('p.csv', 'words\na cat\n', 'line 2: it has no prompt'),
-        ('p.jsonl', '{}\n[]', 'no row that can be used: line 1: it has no prompt'),
         ('p.json', '[]', "ends in '.json'"),
         ('p.parquet', 'PAR1', "ends in '.parquet'"),
     ],
