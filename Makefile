@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py --out=$(OUT)
 
 test: lint
-	$(TEST) -n 2 --dist loadscope -m 'not slow' tests
+	$(TEST) -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow' tests
 
 test-slow: $(VENV)/.dev
 	$(TEST) -m slow tests

@@ -48,7 +48,7 @@ def run_all(script: str, command_lines: list[list[str]]) -> list[tuple[int, str,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return [tuple(result) for result in json.loads(done.stdout)]

@@ -22,7 +22,7 @@ MOVQ = json.loads((ROOT / 'tests' / 'golden' / 'public_vq' / 'models.json').read
 
 def tool(name: str, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, f'tools/{name}.py', *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope='module')

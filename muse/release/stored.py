@@ -34,6 +34,7 @@ _INTEGERS = {f'{kind}{8 * size}': np.dtype(f'<{kind.lower()}{size}') for kind in
 _KINDS = FLOATS | _INTEGERS | {'F64': np.dtype('<f8'), 'BOOL': np.dtype(bool)}
 BLOCK_BYTES = 2**20  # read at a time by each thread
 _TILE = 128  # rows and columns transposed at a time, which a cache holds
+_ALIGNMENT = 64  # bytes; a host buffer that starts at a multiple of it becomes a CPU array without a copy
 
 Index = tuple[slice, ...]
 
@@ -271,11 +272,20 @@ def load_array(stored: Stored, dtype: np.dtype, sharding: Sharding | None) -> ja
     def shard(index: Index | None) -> np.ndarray:
         slices = index or (slice(None),) * len(shape)
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(slices, shape, strict=True))
-        out = np.empty([s.stop - s.start for s in index], dtype)
+        out = _aligned([s.stop - s.start for s in index], dtype)
         stored.copy_into(out, index)
         return out
 
-    return jnp.asarray(shard(None)) if sharding is None else jax.make_array_from_callback(shape, sharding, shard)
+    # Not jnp.asarray, which copies: on a CPU the parameter would be held twice.
+    return jax.device_put(shard(None)) if sharding is None else jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array of whatever was in memory, which starts at a multiple of `_ALIGNMENT`."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def load_params(tensors: Mapping[str, Stored], template: nnx.State, dtype: Dtype, mesh: Mesh | None) -> nnx.State:

@@ -227,13 +227,13 @@ def kill_and_restart(out: Path, form: str, rng: random.Random, kills: int, pictu
     command = [sys.executable, str(ROOT / 'tests/jobs/fake_job.py'), str(out), form, str(pictures), '4', '0.002']
     for _ in range(kills):
         process = subprocess.Popen(command, cwd=ROOT, env={'PYTHONPATH': str(ROOT)})
-        seen, deadline = len(contents_or_none(out)), time.monotonic() + 60
+        seen, deadline = len(contents_or_none(out)), time.monotonic() + 600
         while process.poll() is None and len(contents_or_none(out)) == seen and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.15)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(command, cwd=ROOT, env={'PYTHONPATH': str(ROOT)}, check=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, env={'PYTHONPATH': str(ROOT)}, check=True, timeout=600)
 
 
 def contents_or_none(out: Path) -> list[str]:

@@ -40,7 +40,7 @@ class Jitted:
         self.codes = self.module.codes
 
 
-@pytest.fixture(scope='module', params=[False, True], ids=['euclidean', 'sphere'])
+@pytest.fixture(scope='module', params=[pytest.param(False, marks=pytest.mark.slow), True], ids=['euclidean', 'sphere'])
 def model(request):
     return Jitted(l2_normalize=request.param)
 
@@ -84,7 +84,7 @@ def test_gradient_reaches_encoder_through_the_codes(model):
     assert float(jnp.abs(grads['codebook'][...]).max()) == 0  # the codebook has a loss of its own
 
 
-@pytest.mark.parametrize('size', [(8, 24), (32, 20)])
+@pytest.mark.parametrize('size', [(8, 24), pytest.param((32, 20), marks=pytest.mark.slow)])
 def test_fully_convolutional(model, size):
     ids = model.encode(pictures(1, *size))
     assert ids.shape == (1, size[0] // 4, size[1] // 4)
@@ -144,6 +144,7 @@ def size(config: VQConfig) -> dict[str, int]:
     return {k: sum(x.size for x in jax.tree.leaves(nnx.state(v, nnx.Param))) / 1e6 for k, v in parts.items()}
 
 
+@pytest.mark.slow
 def test_paper_sizes():
     """Table 5's tokenizer, and the larger decoder of appendix A.2 over the same encoder."""
     table5 = size(VQConfig())
