@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,49 @@ def decode_record(record: bytes, text_length: int) -> dict[str, Any]:
 
     Args:
         record: bytes from `encode_record`.
-        text_length: S, the length to pad or cut the text to.
+        text_length: the length to cut the text to.
 
     Returns:
-        'tok' int32 [T], 'txt' bfloat16 [S, D] with zeros from 'len' on, 'len' int32 scalar; 'low' int32 [T2]
-        where it is stored.
+        'tok' int32 [T], 'txt' bfloat16 [len, D] (a view of the record, not padded), 'len' int32 scalar; 'low' int32
+        [T2] where it is stored.
     """
     tensors, _ = _parse(record)
-    stored_SD = tensors['txt'][:text_length]
-    txt_SD = np.zeros((text_length, stored_SD.shape[1]), ml_dtypes.bfloat16)
-    txt_SD[: len(stored_SD)] = stored_SD
+    txt_SD = tensors['txt'][:text_length]
     tokens = {name: tensors[name].astype(np.int32) for name in ('tok', 'low') if name in tensors}
-    return {**tokens, 'txt': txt_SD, 'len': np.int32(len(stored_SD))}
+    return {**tokens, 'txt': txt_SD, 'len': np.int32(len(txt_SD))}
+
+
+class TextPadder:
+    """Puts the pads into the texts of batches.
+
+    Padded states are large (533 MB a batch of 512 at T5-XXL's width), and memory fresh from the system costs several
+    times what filling it does. So an array is filled again once nobody else holds it: neither the caller nor a device
+    that is still reading it.
+    """
+
+    def __init__(self, text_length: int):
+        self._text_length = text_length
+        self._arrays: list[np.ndarray] = []
+        self._lengths: list[np.ndarray] = []  # of the texts that each array was last filled with
+
+    def __call__(self, packed_ND: np.ndarray, len_B: np.ndarray) -> np.ndarray:
+        """Texts one after another → [B, S, D] with zeros from each one's length on."""
+        i = self._free((len(len_B), self._text_length, packed_ND.shape[1]), packed_ND.dtype)
+        before_B, self._lengths[i] = self._lengths[i], np.array(len_B)
+        starts = np.cumsum(len_B) - len_B
+        for txt_SD, start, length, before in zip(self._arrays[i], starts, len_B, before_B, strict=True):
+            txt_SD[:length] = packed_ND[start : start + length]
+            txt_SD[length:before] = 0
+        return self._arrays[i]
+
+    def _free(self, shape: tuple[int, ...], dtype: np.dtype) -> int:
+        for i in range(len(self._arrays)):
+            unheld = sys.getrefcount(self._arrays[i]) <= 2  # this list and the call's argument; a view counts as well
+            if unheld and self._arrays[i].shape == shape and self._arrays[i].dtype == dtype:
+                return i
+        self._arrays.append(np.zeros(shape, dtype))
+        self._lengths.append(np.zeros(shape[0], np.int32))
+        return len(self._arrays) - 1
 
 
 def record_caption(record: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from muse.config import DataConfig
 from muse.data import precomputed, scenes
 from muse.data.examples import BadExample, Source, make_example
 from muse.data.folder import index_folder
-from muse.data.splits import TRAIN
+from muse.data.splits import HELDOUT, TRAIN, unit_hash
 from muse.data.sprites import Sprites, load_sprites
 from muse.errors import UserError, nearest
 
@@ -29,8 +30,9 @@ def open_source(data: DataConfig) -> Source:
         raise UserError('data.image_size and data.text_length must be at least 1 and data.max_objects 1, 2 or 3')
     if data.min_side < 0:
         raise UserError(f'data.min_side is {data.min_side}: it must be 0 (no limit) or more')
-    if data.kind in _UNSPLIT and data.split not in ('', TRAIN):
-        raise UserError(f"data.split is '{data.split}', but kind '{data.kind}' has no splits: give each its own folder")
+    if not 0 <= data.max_unread <= 1:
+        raise UserError(f'data.max_unread is {data.max_unread}: give a share from 0 to 1')
+    _check_split(data)
     if data.kind != 'scenes' and not data.path:
         raise UserError(f"data.path is empty: kind '{data.kind}' needs a folder")
     match data.kind:
@@ -53,9 +55,54 @@ def open_source(data: DataConfig) -> Source:
             source = Parquet(data)
         case 'precomputed':
             source = _Precomputed(data)
+    if data.kind in _UNSPLIT and data.heldout_share:
+        source = _Side(source, data)
     if len(source) == 0:
         raise UserError(f"the split '{data.split}' of '{data.path}' is empty: choose another split")
     return source
+
+
+def _check_split(data: DataConfig) -> None:
+    if not 0 <= data.heldout_share < 1:
+        raise UserError(f'data.heldout_share is {data.heldout_share}: give a share from 0 to below 1')
+    if data.kind not in _UNSPLIT or data.split in ('', TRAIN):
+        return
+    if data.split != HELDOUT:
+        raise UserError(
+            f"data.split is '{data.split}', but kind '{data.kind}' has no splits but '{TRAIN}' and '{HELDOUT}'"
+        )
+    if not data.heldout_share:
+        raise UserError(
+            f"data.split is '{HELDOUT}', but data.heldout_share is 0: set it to a share such as 0.02, or give held-out "
+            'pictures a folder of their own'
+        )
+
+
+class _Side(Source):
+    """The records of one side of a source without splits, decided by their names, as order and place may change."""
+
+    def __init__(self, source: Source, data: DataConfig):
+        held = (unit_hash(HELDOUT, source.name(record)) < data.heldout_share for record in range(len(source)))
+        is_held = np.fromiter(held, bool, len(source))
+        self._heldout = data.split == HELDOUT
+        self._source, self._records = source, np.flatnonzero(is_held if self._heldout else ~is_held)
+        if not len(self._records):
+            raise UserError(
+                f"data.heldout_share {data.heldout_share} of {len(source)} pictures leaves none in '{data.split}': "
+                'change the share'
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, record: int) -> str:
+        return self._source.name(int(self._records[record]))
+
+    def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
+        return self._source.example(int(self._records[record]), rng)
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        return iter(()) if self._heldout else self._source.skipped()  # named once
 
 
 class _Scenes(Source):
@@ -95,6 +142,9 @@ class _Folder(Source):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def name(self, record: int) -> str:
+        return self._rows[record][0].relative_to(self._data.path).as_posix()
 
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         path, caption = self._rows[record]
@@ -156,15 +206,24 @@ class _Precomputed(Source):
         import grain
 
         files = precomputed.record_files(Path(data.path), data.split)
-        self._records: Any = grain.sources.ArrayRecordDataSource(files)
-        self._text_length = data.text_length
+        try:
+            self._records: Any = grain.sources.ArrayRecordDataSource(files)
+        except RuntimeError as error:
+            raise UserError(
+                f"the shards of '{data.split}' in {data.path} are damaged ({error}): copy them again"
+            ) from None
+        self._data = data
 
     def __len__(self) -> int:
         return len(self._records)
 
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
         del rng
-        return precomputed.decode_record(self._records[record], self._text_length)
+        try:
+            return precomputed.decode_record(self._records[record], self._data.text_length)
+        except (RuntimeError, ValueError, KeyError, struct.error) as error:  # ArrayRecord's checksums, or what it says
+            reason = (str(error).splitlines() or [type(error).__name__])[0].split(' (')[0]
+            raise BadExample(f'record {record} of {self._data.path}', f'it cannot be read: {reason}') from None
 
 
 def _caption(row: Any, key: str, rng: np.random.Generator) -> str | None:

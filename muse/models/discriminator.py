@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from muse.config import Dtype
 from muse.models.vqgan import Conv, GroupNorm
+from muse.nn.rows import mean_rows, weigh
 
 _LEAK = 0.2
 
@@ -41,35 +42,46 @@ class Discriminator(nnx.Module):
         return self.conv_out(x_BHWC)[..., 0].astype(jnp.float32)
 
 
-def generator_loss(fake: Float[Array, 'B h w']) -> Float[Array, '']:
-    """Non-saturating loss of the tokenizer, over the logits of its reconstructions."""
-    return jnp.mean(jax.nn.softplus(-fake))
+def generator_loss(fake: Float[Array, 'B h w'], weight_B: Float[Array, ' B'] | None = None) -> Float[Array, '']:
+    """Non-saturating loss of the tokenizer, over the logits of its reconstructions; `weight_B`: how rows count."""
+    return mean_rows(jax.nn.softplus(-fake), weight_B)
 
 
-def discriminator_loss(real: Float[Array, 'B h w'], fake: Float[Array, 'B h w']) -> Float[Array, '']:
+def discriminator_loss(
+    real: Float[Array, 'B h w'], fake: Float[Array, 'B h w'], weight_B: Float[Array, ' B'] | None = None
+) -> Float[Array, '']:
     """Logistic loss of the critic; 2 ln 2 when it cannot tell."""
-    return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
+    return mean_rows(jax.nn.softplus(-real), weight_B) + mean_rows(jax.nn.softplus(fake), weight_B)
 
 
-def r1_penalty(score: Callable[[Array], Array], real_BHWC: Float[Array, 'B H W 3']) -> Float[Array, '']:
+def r1_penalty(
+    score: Callable[[Array], Array], real_BHWC: Float[Array, 'B H W 3'], weight_B: Float[Array, ' B'] | None = None
+) -> Float[Array, '']:
     """½·|∇ score|² at real pictures, for an average patch: the squared gradient of the summed logits over their number.
 
     Args:
         score: pictures → logits `[B, h, w]`.
         real_BHWC: the real pictures.
+        weight_B: how they count; None: all alike.
     """
     logits_Bhw, pull = jax.vjp(score, real_BHWC)
     (grad_BHWC,) = pull(jnp.ones_like(logits_Bhw))
-    return 0.5 * jnp.sum(jnp.square(grad_BHWC.astype(jnp.float32))) / logits_Bhw.size
+    return 0.5 * jnp.sum(weigh(jnp.square(grad_BHWC.astype(jnp.float32)), weight_B)) / logits_Bhw.size
 
 
-def lecam_penalty(real: Float[Array, 'B h w'], fake: Float[Array, 'B h w'], means: Float[Array, 2]) -> Float[Array, '']:
+def lecam_penalty(
+    real: Float[Array, 'B h w'],
+    fake: Float[Array, 'B h w'],
+    means: Float[Array, 2],
+    weight_B: Float[Array, ' B'] | None = None,
+) -> Float[Array, '']:
     """LeCam regularisation: squares of how far logits of one side run beyond the average of the other.
 
     Args:
         real: logits of real pictures.
         fake: logits of reconstructions.
         means: averages over earlier steps of the logits of real pictures and of reconstructions.
+        weight_B: how rows count; None: all alike.
     """
     beyond = jnp.square(jax.nn.relu(real - means[1])), jnp.square(jax.nn.relu(means[0] - fake))
-    return jnp.mean(beyond[0]) + jnp.mean(beyond[1])
+    return mean_rows(beyond[0], weight_B) + mean_rows(beyond[1], weight_B)

@@ -24,6 +24,7 @@ from muse.models import discriminator as adversary
 from muse.models import perceptual
 from muse.models.discriminator import Discriminator
 from muse.models.perceptual import Perceptual
+from muse.nn.rows import mean_rows
 from muse.train.optim import make_optimizer
 from muse.train.task import Metrics, State
 
@@ -73,11 +74,17 @@ def init_critic(
     return {'disc': disc, 'disc_opt': make_optimizer(optim, steps).init(disc), 'logit_means': jnp.zeros((2,))}
 
 
-def picture_terms(config: VQLossConfig, net: Perceptual, real_BHWC: Array, fake_BHWC: Array) -> tuple[Array, Metrics]:
-    """l1, l2 and perceptual distance of reconstructions: their weighted sum, and each."""
+def picture_terms(
+    config: VQLossConfig,
+    net: Perceptual,
+    real_BHWC: Array,
+    fake_BHWC: Array,
+    weight_B: Float[Array, ' B'] | None = None,
+) -> tuple[Array, Metrics]:
+    """l1, l2 and perceptual distance of reconstructions: their weighted sum, and each. `weight_B`: how rows count."""
     terms = {
-        'l1': jnp.mean(jnp.abs(fake_BHWC - real_BHWC)),
-        'l2': jnp.mean(jnp.square(fake_BHWC - real_BHWC)),
+        'l1': mean_rows(jnp.abs(fake_BHWC - real_BHWC), weight_B),
+        'l2': mean_rows(jnp.square(fake_BHWC - real_BHWC), weight_B),
         'perceptual': jnp.zeros(()),
     }
     if config.perceptual:
@@ -85,9 +92,9 @@ def picture_terms(config: VQLossConfig, net: Perceptual, real_BHWC: Array, fake_
         with jax.named_scope('perceptual'):
             real_features = jax.lax.stop_gradient(perceptual.features(net, real_BHWC))
             distance_B = perceptual.distance(net, real_features, perceptual.features(net, fake_BHWC))
-        terms['perceptual'] = jnp.mean(distance_B)
+        terms['perceptual'] = mean_rows(distance_B, weight_B)
     total = sum((getattr(config, name) * term for name, term in terms.items()), jnp.zeros(()))
-    return total, terms | {'psnr': jnp.mean(psnr(fake_BHWC, real_BHWC))}
+    return total, terms | {'psnr': mean_rows(psnr(fake_BHWC, real_BHWC), weight_B)}
 
 
 def judge(
@@ -97,16 +104,20 @@ def judge(
     real_BHWC: Float[Array, 'B H W 3'],
     fake_BHWC: Float[Array, 'B H W 3'],
     playing: Array,
+    weight_B: Float[Array, ' B'] | None = None,
 ) -> Judgement:
-    """Losses of reconstructions and their gradients at the pixels. `playing`: whether the critic has a say yet."""
+    """Losses of reconstructions and their gradients at the pixels.
+
+    `playing`: whether the critic has a say yet; `weight_B`: how rows count.
+    """
     fake_BHWC = jax.lax.stop_gradient(fake_BHWC)
     (loss, metrics), grad_BHWC = jax.value_and_grad(
-        lambda fake_BHWC: picture_terms(config, net, real_BHWC, fake_BHWC), has_aux=True
+        lambda fake_BHWC: picture_terms(config, net, real_BHWC, fake_BHWC, weight_B), has_aux=True
     )(fake_BHWC)
     silent = jnp.zeros(()), jnp.zeros_like(fake_BHWC)
     adversarial, adversarial_BHWC = silent
     if config.adversarial:
-        fool = jax.value_and_grad(lambda fake_BHWC: adversary.generator_loss(critic(fake_BHWC)))
+        fool = jax.value_and_grad(lambda fake_BHWC: adversary.generator_loss(critic(fake_BHWC), weight_B))
         with jax.named_scope('critic'):
             adversarial, adversarial_BHWC = jax.lax.cond(playing, fool, lambda _: silent, fake_BHWC)
     return Judgement(loss, grad_BHWC, adversarial_BHWC, metrics | {'adversarial': adversarial})
@@ -132,7 +143,13 @@ def adversarial_weight(
 
 
 def critic_gradients(
-    config: VQLossConfig, graph: Any, state: State, real_BHWC: Array, fake_BHWC: Array, playing: Array
+    config: VQLossConfig,
+    graph: Any,
+    state: State,
+    real_BHWC: Array,
+    fake_BHWC: Array,
+    playing: Array,
+    weight_B: Float[Array, ' B'] | None = None,
 ) -> tuple[nnx.State, Metrics]:
     """Gradients of the critic; zeros, and no work, before it plays. R1 joins every `r1_every_steps` steps."""
     both_BHWC = jnp.concatenate([real_BHWC, jax.lax.stop_gradient(fake_BHWC)])
@@ -141,13 +158,14 @@ def critic_gradients(
     def loss(disc: nnx.State, penalised: bool) -> tuple[Array, Metrics]:
         critic = nnx.merge(graph, disc)
         real, fake = jnp.split(critic(both_BHWC), 2)
-        value = adversary.discriminator_loss(real, fake)
-        penalty = adversary.r1_penalty(critic, real_BHWC) if penalised else jnp.zeros(())
+        value = adversary.discriminator_loss(real, fake, weight_B)
+        penalty = adversary.r1_penalty(critic, real_BHWC, weight_B) if penalised else jnp.zeros(())
         # A rare penalty is weighed up by its period.
         total = value + config.r1 * config.r1_every_steps * penalty
         if config.lecam:
-            total = total + config.lecam * adversary.lecam_penalty(real, fake, means)
-        return total, {'disc': value, 'r1': penalty, 'logit_real': jnp.mean(real), 'logit_fake': jnp.mean(fake)}
+            total = total + config.lecam * adversary.lecam_penalty(real, fake, means, weight_B)
+        means_now = {'logit_real': mean_rows(real, weight_B), 'logit_fake': mean_rows(fake, weight_B)}
+        return total, {'disc': value, 'r1': penalty, **means_now}
 
     def off(disc: nnx.State) -> tuple[nnx.State, Metrics]:
         names = ('disc', 'r1', 'logit_real', 'logit_fake')

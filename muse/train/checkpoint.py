@@ -7,7 +7,9 @@ used through this file alone.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from muse.errors import UserError, warn
 from muse.train.task import State
 
 _STATE, _DATA = 'state', 'data'
+_IN_FLIGHT = 2  # steps after a checkpoint in which a host may still be heard asking for it
+_SHARED_BYTES = 4 << 20
 
 
 def flatten(state: Any) -> dict[str, Any]:
@@ -39,41 +43,91 @@ def unflatten(like: Any, arrays: dict[str, Any]) -> Any:
 class Checkpoints:
     """The checkpoints of one workdir. A context manager: leaving it waits for the last write.
 
+    A checkpoint is written in the background. Where that fails, whatever is called next raises a UserError.
+
     Args:
         folder: where they lie, one folder a step.
         keep: how many of the newest stay.
-        every_steps, every_minutes: when `due` says so; 0 turns one of them off.
+        every_steps, every_minutes: when `due` and `late` say so; 0 turns one of them off.
     """
 
     def __init__(self, folder: Path, *, keep: int, every_steps: int, every_minutes: float):
         self._every_steps, self._every_seconds = every_steps, every_minutes * 60
         self._saved_at, self._last_step = time.monotonic(), -1
+        self._writing: _Writing | None = None
+        context = ocp.Context()
+        # The copies of an array share the work of writing it where that pays: each share is a program to compile.
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SHARED_BYTES
         newest: Any = ocp.training.preservation_policies.LatestN(max(keep, 1))
         self._checkpointer = ocp.training.Checkpointer(
-            str(folder.absolute()), preservation_policy=newest, cleanup_tmp_directories=True
+            str(folder.absolute()), context=context, preservation_policy=newest, cleanup_tmp_directories=True
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # another host may be gone, and a checkpoint would wait for it
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # otherwise what went wrong first is told
+                raise
+        finally:
+            self._close()
 
-    def due(self, step: int) -> bool:
-        """True when a checkpoint should be written after `step` steps."""
-        if step == self._last_step:
-            return False
+    def _close(self) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception:  # tells again of a write that failed, which `wait` has told of
+            if self._writing is None or self._writing.error is None:
+                raise
+
+    def due(self, step: int, asked: bool = False) -> bool:
+        """True when the number of steps done calls for a checkpoint, or a host has `asked` for one."""
         by_steps = self._every_steps > 0 and step % self._every_steps == 0
-        by_clock = self._every_seconds > 0 and time.monotonic() - self._saved_at >= self._every_seconds
-        return by_steps or _agreed(by_clock, self._every_seconds > 0)
+        return (step != self._last_step and by_steps) or (asked and step > self._last_step + _IN_FLIGHT)
+
+    def late(self) -> bool:
+        """True on the first host, by its clock, when too long has passed since the last checkpoint was begun."""
+        waited = time.monotonic() - self._saved_at
+        return jax.process_index() == 0 and self._every_seconds > 0 and waited >= self._every_seconds
 
     def save(self, step: int, state: State) -> None:
-        """Starts to write a checkpoint; waits first for one still being written."""
+        """Starts to write a checkpoint; waits first for one still being written.
+
+        Raises:
+            UserError: this one or the one before cannot be written; older ones are as they were.
+        """
         if step == self._last_step:
             return
+        self.wait()
         contents = {_STATE: flatten(state), _DATA: {'data_step': step}}
-        self._checkpointer.save_checkpointables_async(step, contents, force=True, overwrite=True)
+        try:
+            response = self._checkpointer.save_checkpointables_async(step, contents, force=True, overwrite=True)
+        except Exception as error:  # of the file system, in whatever clothes Orbax and TensorStore give it
+            raise self._failure(step, error) from error
+        self._writing = _Writing(step, response)
         self._saved_at, self._last_step = time.monotonic(), step
+
+    def check(self) -> None:
+        """Raises UserError when the last checkpoint could not be written; waits for nothing."""
+        if self._writing is not None and self._writing.error is not None:
+            raise self._failure(self._writing.step, self._writing.error) from self._writing.error
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written; raises as `check`."""
+        if self._writing is not None:
+            self._writing.thread.join()
+            self.check()
+
+    def _failure(self, step: int, error: Exception) -> UserError:
+        folder = self._checkpointer.directory
+        return UserError(
+            f"checkpoint '{folder / str(step)}' could not be written ({_reason(error)}): the older ones are as they "
+            'were; make room, then run the same command again'
+        )
 
     def restore(self, abstract: State) -> tuple[State, int] | None:
         """The newest readable state and its data step, or None when there is none.
@@ -99,8 +153,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes the reader say
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                warn(f"checkpoint '{self._checkpointer.directory / str(step)}' cannot be read ({reason}): skipped")
+                folder = self._checkpointer.directory / str(step)
+                warn(f"checkpoint '{folder}' cannot be read ({_reason(error)}): skipped")
                 broken.append(step)
                 continue
             self._last_step = step
@@ -115,27 +169,46 @@ class Checkpoints:
         return None
 
     def _compare(self, step: int, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        def spell(tensors: dict[str, Any], name: str) -> str:
-            return f'{tuple(tensors[name].shape)} {tensors[name].dtype}' if name in tensors else 'nothing'
-
-        names = [*wanted, *sorted(found.keys() - wanted.keys())]
-        differing = [
-            f'{name} is {spell(found, name)}, the config makes {spell(wanted, name)}'
-            for name in names
-            if spell(found, name) != spell(wanted, name)
-        ]
-        if differing:
-            more = f' (and {len(differing) - 3} more)' if len(differing) > 3 else ''
+        if different := differences(found, wanted):
             raise UserError(
-                f"checkpoint '{self._checkpointer.directory / str(step)}' is of another config: "
-                f'{"; ".join(differing[:3])}{more}; use its config or another --workdir'
+                f"checkpoint '{self._checkpointer.directory / str(step)}' is of another config: {different}; use its "
+                'config or another --workdir'
             )
 
 
-def _agreed(mine: bool, possible: bool) -> bool:
-    """Clocks of several hosts differ: the first host's decides."""
-    if not possible or jax.process_count() == 1:
-        return mine
-    from jax.experimental import multihost_utils
+class _Writing:
+    """A checkpoint on its way to the disk; `error` is what stopped it."""
 
-    return bool(multihost_utils.broadcast_one_to_all(jax.numpy.asarray(mine)))
+    def __init__(self, step: int, response: Any):
+        self.step, self.error = step, None
+        self.thread = threading.Thread(target=self._wait, args=(response,), daemon=True)
+        self.thread.start()
+
+    def _wait(self, response: Any) -> None:
+        try:
+            response.result()
+        except Exception as error:  # kept for the thread that trains
+            self.error: Exception | None = error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, from the innermost of a chain of exceptions."""
+    while (cause := error.__cause__ or error.__context__) is not None and isinstance(cause, Exception):
+        error = cause
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Names the first arrays whose shapes or types differ between what was stored and what a config makes; '': none."""
+
+    def spell(tensors: Mapping[str, Any], name: str) -> str:
+        return f'{tuple(tensors[name].shape)} {tensors[name].dtype}' if name in tensors else 'nothing'
+
+    names = [*wanted, *sorted(found.keys() - wanted.keys())]
+    differing = [
+        f'{name} is {spell(found, name)}, the config makes {spell(wanted, name)}'
+        for name in names
+        if spell(found, name) != spell(wanted, name)
+    ]
+    more = f' (and {len(differing) - 3} more)' if len(differing) > 3 else ''
+    return '; '.join(differing[:3]) + more

@@ -6,11 +6,13 @@ late, so that the devices always have the next step queued.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Key
 
@@ -19,11 +21,19 @@ from muse.errors import UserError
 from muse.mesh import check_batch, make_mesh, replicated, shardings
 from muse.train import feed
 from muse.train.checkpoint import Checkpoints
+from muse.train.emergency import save_emergency
 from muse.train.examiner import Examiner
-from muse.train.metrics import Writer
+from muse.train.guards import UNREAD, NotFiniteError, Unread, UnreadLog
+from muse.train.judge import check_judge
+from muse.train.metrics import Writer, check_wandb
+from muse.train.profile import Profiler, check_profile, step_trace
+from muse.train.rates import rates_of
+from muse.train.row_weights import normalise, unread_rows
+from muse.train.signals import NOTHING, SAVE, STOP, StopSignal, Terminated, Wishes, split_wish
 from muse.train.task import Batch, State, Task
+from muse.train.watchdog import Watchdog
 from muse.train.window import Window
-from muse.train.workdir import check_workdir, claim_workdir
+from muse.train.workdir import check_workdir, claim_workdir, disk_errors
 
 
 def run(config: Run, workdir: str | Path) -> State:
@@ -34,7 +44,8 @@ def run(config: Run, workdir: str | Path) -> State:
 
     Raises:
         UserError: a workdir that cannot be written or belongs to another model, a mesh, batch or frozen net that does
-            not fit, or a loss that is not finite.
+            not fit, a loss that is not finite, too many records that cannot be read, or a disk that refuses.
+        Terminated: SIGTERM has come, and what was reached is saved.
     """
     workdir, train = Path(workdir), config.train
     mesh = make_mesh(config.mesh)
@@ -47,19 +58,36 @@ def run(config: Run, workdir: str | Path) -> State:
         abstract = abstract_state(task.init, init_key, mesh)
     _check_data(config)
     claim_workdir(workdir, config, abstract)
-    with jax.set_mesh(mesh), _checkpoints(config, workdir) as checkpoints:
+    with (
+        disk_errors(workdir),
+        jax.set_mesh(mesh),
+        _checkpoints(config, workdir) as checkpoints,
+        Watchdog(train.stall_minutes) as watchdog,
+    ):
         restored = checkpoints.restore(abstract)
         state, start = restored or (_init(task, init_key, abstract), 0)
         writer = Writer(
-            workdir, start_step=start, steps=train.steps, batch_size=train.batch_size, active=_is_first_host()
+            workdir,
+            start_step=start,
+            steps=train.steps,
+            batch_size=train.batch_size,
+            active=_is_first_host(),
+            wandb=train.wandb,
         )
         try:
             if restored:
                 writer.line(f'resumed after step {start}')
             if start < train.steps:
-                state = _train(config, task, mesh, state, start, (step_key, eval_key), checkpoints, writer)
+                with Profiler(workdir, train, writer) as profiler:
+                    around = _Around(workdir, checkpoints, writer, profiler, watchdog)
+                    state = _train(config, task, mesh, state, start, (step_key, eval_key), around)
             _export(task, state, mesh, workdir / 'export')
             writer.line(f'weights are in {workdir / "export"}')
+        except Terminated as end:
+            writer.line(str(end))
+            if not writer.active:
+                print(end, file=sys.stderr)
+            raise
         finally:
             writer.close()
     return state
@@ -75,6 +103,11 @@ def check_train(train: TrainConfig) -> None:
             raise UserError(f'train.{name} is {getattr(train, name)}: give at least {low}')
     if not 0 <= train.ema_decay < 1:
         raise UserError(f'train.ema_decay is {train.ema_decay}: give a number from 0 to below 1')
+    if train.stall_minutes < 0:
+        raise UserError(f'train.stall_minutes is {train.stall_minutes}: give 0 or more')
+    check_profile(train)
+    check_wandb(train.wandb)
+    check_judge(train)
 
 
 def _check_data(config: Run) -> None:
@@ -105,6 +138,16 @@ def make_task(config: Run, mesh: Mesh) -> Task:
     return tokenizer_task(config, mesh)
 
 
+class _Around(NamedTuple):
+    """What lies around the steps of a run."""
+
+    workdir: Path
+    checkpoints: Checkpoints
+    writer: Writer
+    profiler: Profiler
+    watchdog: Watchdog
+
+
 def _train(
     config: Run,
     task: Task,
@@ -112,38 +155,62 @@ def _train(
     state: State,
     start: int,
     keys: tuple[Key[Array, ''], Key[Array, '']],
-    checkpoints: Checkpoints,
-    writer: Writer,
+    around: _Around,
 ) -> State:
-    train, (step_key, eval_key) = config.train, keys
-    batches = feed.host_batches(config.data, config, task, start)
+    train, (step_key, eval_key), (workdir, checkpoints, writer, profiler, watchdog) = config.train, keys, around
+    batches = feed.host_batches(config.data, config, task, mesh, start)
+    unread = UnreadLog(workdir, jax.process_index(), start)
     step_fn = jit_step(task.step, state, mesh)
-    examiner = Examiner(config, task, mesh, eval_key)
-    window = Window(writer, train.batch_size)
-    for step in range(start, train.steps + 1):
-        last = step == train.steps
-        # evaluate
-        if step > start and _due(train.eval_every_steps, step, last):
-            window.stop_clock(step)
-            window.flush(step, {f'eval_{name}': value for name, value in examiner.evaluate(state).items()})
-        if step > start and _due(train.grid_every_steps, step, last):
-            window.stop_clock(step)
-            examiner.draw(step, state, writer)
-        # save
-        if step > start and (last or checkpoints.due(step)):
-            window.flush(step)  # a checkpoint never holds a step whose loss is not finite or not yet written
-            checkpoints.save(step, state)
-        if last:
-            break
-        # next batch
-        batch = feed.place(next(batches), task, mesh)
-        # step
-        state, metrics = step_fn(state, batch, step_key)
-        # log the previous step
-        window.add(step + 1, metrics)
-        if step > start and _every(train.log_every_steps, step):
-            window.flush(step)
+    examiner, wishes = Examiner(config, task, mesh, eval_key), Wishes(mesh, train.batch_size)
+    window = Window(writer, rates_of(config, mesh), Unread(train.batch_size, config.data.max_unread))
+    try:
+        with StopSignal() as stop:
+            for step in range(start, train.steps + 1):
+                last = step == train.steps
+                watchdog.beat(step)
+                checkpoints.check()
+                wish = STOP if stop.came else SAVE if checkpoints.late() else NOTHING
+                agreed = wishes.agreed(wish) if step > start else NOTHING
+                # evaluate
+                if step > start and agreed != STOP:
+                    _examine(step, last, train, state, examiner, window, writer)
+                # save
+                if step > start and (last or agreed == STOP or checkpoints.due(step, agreed == SAVE)):
+                    window.flush(step)  # a checkpoint never holds a step whose loss is not finite or not yet written
+                    checkpoints.save(step, state)
+                if agreed == STOP:
+                    checkpoints.wait()
+                    raise Terminated(step)
+                if last:
+                    break
+                profiler.turn(step, state)
+                # next batch
+                with window.waiting():
+                    host_batch = next(batches)
+                unread.note(step + 1, host_batch)
+                batch = wishes.add(wish, feed.place(host_batch, task, mesh))
+                # step
+                with step_trace(step + 1):
+                    state, metrics = step_fn(state, batch, step_key)
+                # log the previous step
+                window.add(step + 1, wishes.take(metrics))
+                if step > start and _every(train.log_every_steps, step):
+                    window.flush(step)
+    except NotFiniteError as error:
+        raise UserError(f'{error}; {save_emergency(workdir, config, state, error)}') from None
     return state
+
+
+def _examine(
+    step: int, last: bool, train: TrainConfig, state: State, examiner: Examiner, window: Window, writer: Writer
+) -> None:
+    """Evaluates and draws where it is due."""
+    if _due(train.eval_every_steps, step, last):
+        window.stop_clock(step)
+        window.flush(step, {f'eval_{name}': value for name, value in examiner.evaluate(state).items()})
+    if _due(train.grid_every_steps, step, last):
+        window.stop_clock(step)
+        examiner.draw(step, state, writer)
 
 
 def _every(period: int, step: int) -> bool:
@@ -166,7 +233,9 @@ def jit_step(step_of: Callable[..., Any], state: State, mesh: Mesh) -> Any:
     layout = jax.tree.map(lambda x: x.sharding, state)
 
     def step(state: State, batch: Batch, key: Key[Array, '']):
-        return step_of(state, batch, jax.random.fold_in(key, state['step']))
+        batch, wish = split_wish(batch)
+        state, metrics = step_of(state, normalise(batch), jax.random.fold_in(key, state['step']))
+        return state, {**metrics, **wish, UNREAD: unread_rows(batch)}
 
     # A batch is placed already; beside its rows it may hold a frozen net, which is replicated.
     layouts_in, layouts_out = (layout, None, None), (layout, replicated(mesh))
@@ -182,14 +251,21 @@ def abstract_state(init: Callable[..., State], key: Any, mesh: Mesh | AbstractMe
 
 def _init(task: Task, key: Key[Array, ''], abstract: State) -> State:
     layout = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(task.init, out_shardings=layout)(key)
+    state = jax.jit(task.init, out_shardings=layout)(key)
+    return task.start(state) if task.start else state
 
 
 def _export(task: Task, state: State, mesh: Mesh, folder: Path) -> None:
-    if jax.process_count() > 1:  # the writing host needs whole tensors
-        state = {**state, 'ema': jax.jit(lambda x: x, out_shardings=replicated(mesh))(state['ema'])}
+    if jax.process_count() > 1:
+        state = {**state, 'ema': jax.tree.map(lambda x: _whole(x, mesh), state['ema'])}
     if _is_first_host():
         task.export(state, str(folder))
+
+
+def _whole(x: Array, mesh: Mesh) -> Any:
+    """An array of several hosts in the first one's memory; on the devices there is one whole array at a time."""
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(x)
+    return np.asarray(whole.addressable_data(0)) if _is_first_host() else x
 
 
 def _is_first_host() -> bool:

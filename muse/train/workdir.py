@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from muse import __version__
 from muse.config import Run, to_dict
 from muse.errors import UserError
 
+# Of a disk that is full or has no room for this user, cannot be written, or is broken or gone.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 _SHAPELESS = ('remat', 'unroll', 'attention', 'dtype')  # model keys that may change between two starts
 
 
@@ -66,6 +71,24 @@ def claim_workdir(workdir: Path, config: Run, abstract_state: dict[str, PyTree])
             _write_json(workdir / 'run.json', _description(abstract_state['params']))
     except OSError as error:
         raise UserError(f"workdir '{workdir}' cannot be written ({error}): choose another --workdir") from None
+
+
+@contextlib.contextmanager
+def disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns what a full, read-only or broken disk makes Python raise into one line.
+
+    Raises:
+        UserError: instead of the OSErrors of such disks.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise UserError(
+            f"'{error.filename or workdir}' cannot be written ({error.strerror}): make room, then run the same command "
+            'again to go on from the newest checkpoint'
+        ) from error
 
 
 def _description(params: PyTree) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def check_sprites(out):
 def check_tfds(out):
     """The same folder through the general TFDS source."""
     data = DataConfig(kind='tfds', path=str(out), name='emoji_art', caption_key='label', image_size=16)
-    batch = next(make_loader(data, batch_size=4, seed=0, shard_index=0, shard_count=1))
+    batch = next(make_loader(data, batch_size=4, seed=0))
     assert all(caption.startswith('thing ') for caption in batch['caption'])
     assert (batch['img'][:, 0] == 255).all()
     assert {tuple(img[8, 8]) for img in batch['img']} <= {tuple(bytes.fromhex(c[1:])) for c in COLOURS}
@@ -129,8 +129,6 @@ def check_tfds(out):
                 DataConfig(kind='tfds', path=str(out), name='emoji_art', caption_key='labels'),
                 batch_size=4,
                 seed=0,
-                shard_index=0,
-                shard_count=1,
             )
         )
 

@@ -26,7 +26,7 @@ def write_rows(folder, *rows):
 
 def one_pass(folder):
     data = DataConfig(kind='folder', path=str(folder), image_size=8)
-    return list(make_loader(data, batch_size=2, seed=0, shard_index=0, shard_count=1, repeat=False))
+    return list(make_loader(data, batch_size=2, seed=0, repeat=False))
 
 
 RED, BLUE = {'file': 'red.png', 'caption': 'red\u2028paint'}, {'file': 'blue.png', 'caption': 'blue, "paint"'}
@@ -104,7 +104,7 @@ def test_flip_shows_both_sides_and_never_changes_more(folder):
     half.save(folder / 'half.png')
     write_rows(folder, {'file': 'half.png', 'caption': 'half'})
     data = DataConfig(kind='folder', path=str(folder), image_size=20, random_flip=True)
-    batch = next(make_loader(data, batch_size=32, seed=0, shard_index=0, shard_count=1))
+    batch = next(make_loader(data, batch_size=32, seed=0))
     straight = np.asarray(half)
     flipped = [bool((img == straight[:, ::-1]).all()) for img in batch['img']]
     assert all(flip or (img == straight).all() for flip, img in zip(flipped, batch['img'], strict=True))

@@ -47,7 +47,7 @@ def write_columns(folder, failed=()):
 
 def one_pass(folder, **changes):
     data = DataConfig(kind='parquet', path=str(folder), image_size=8, **changes)
-    batches = make_loader(data, batch_size=4, seed=0, shard_index=0, shard_count=1, repeat=False)
+    batches = make_loader(data, batch_size=4, seed=0, repeat=False)
     return [(img, caption) for batch in batches for img, caption in zip(batch['img'], batch['caption'], strict=True)]
 
 

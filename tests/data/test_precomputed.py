@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -39,19 +40,43 @@ def test_round_trip(top):
     data = precomputed.encode_record(tok, txt, caption)
     got = precomputed.decode_record(data, 5)
     assert got['tok'].dtype == np.int32 and got['tok'].tolist() == tok.tolist()
-    assert got['txt'].dtype == ml_dtypes.bfloat16 and got['txt'].shape == (5, 4)
-    assert (got['txt'][:3] == txt).all() and (got['txt'][3:] == 0).all() and got['len'] == 3
+    assert got['txt'].dtype == ml_dtypes.bfloat16 and got['txt'].shape == (3, 4)
+    assert (got['txt'] == txt).all() and got['len'] == 3
     assert precomputed.record_caption(data) == caption
     stored = dict(safetensors.deserialize(data))['txt']  # any safetensors reader reads it
     assert stored['dtype'] == 'BF16' and bytes(stored['data']) == txt.tobytes()
 
 
-def test_long_text_is_cut_and_no_text_is_zeros():
+def test_long_text_is_cut_and_no_text_is_empty():
     tok, txt = np.arange(3), np.ones((4, 2))
     cut = precomputed.decode_record(precomputed.encode_record(tok, txt, ''), 2)
     assert cut['len'] == 2 and (cut['txt'] == 1).all()
     none = precomputed.decode_record(precomputed.encode_record(tok, txt[:0], ''), 2)
-    assert none['len'] == 0 and none['txt'].shape == (2, 2) and (none['txt'] == 0).all()
+    assert none['len'] == 0 and none['txt'].shape == (0, 2)
+
+
+def padded(texts, length):
+    """The reference: each text in zeros of its own."""
+    return np.stack(
+        [np.concatenate([text, np.zeros((length - len(text), text.shape[1]), text.dtype)]) for text in texts]
+    )
+
+
+def test_texts_are_padded_in_arrays_that_nobody_holds():
+    rng, pad, held, places = np.random.default_rng(0), precomputed.TextPadder(5), [], set()
+    for number in range(30):
+        texts = [rng.normal(size=(rng.integers(0, 6), 3)).astype(ml_dtypes.bfloat16) for _ in range(4)]
+        got = pad(np.concatenate(texts), np.array([len(text) for text in texts], np.int32))
+        places.add(got.ctypes.data)
+        np.testing.assert_array_equal(got, padded(texts, 5))
+        if number % 10 == 0:
+            held.append((got[1:], padded(texts, 5)[1:]))  # a view holds the whole
+        if number % 10 == 5:
+            held.append((jax.device_put(got), padded(texts, 5)))  # on a CPU the device may read it where it is
+        del got
+    assert len(places) <= 1 + len(held), 'filled again and again'
+    for kept, wanted in held:
+        np.testing.assert_array_equal(kept, wanted)
 
 
 def test_loader_reads_every_record_of_its_split(tmp_path):
@@ -61,9 +86,9 @@ def test_loader_reads_every_record_of_its_split(tmp_path):
     assert {name: split.records for name, split in found.items()} == {'train': 23, 'heldout_pairs': 5}
     assert found['train'].without_text == len(range(0, 23, 5)) and found['train'].full_text == len(range(4, 23, 5))
     data = DataConfig(kind='precomputed', path=str(tmp_path), text_length=4)
-    loader = make_loader(data, batch_size=23, seed=0, shard_index=0, shard_count=1)
+    loader = make_loader(data, batch_size=23, seed=0)
     batch = next(loader)
-    assert set(batch) == {'tok', 'txt', 'len', 'index'} and batch['txt'].dtype == ml_dtypes.bfloat16
+    assert set(batch) == {'tok', 'txt', 'len', 'index', 'weight', 'bad'} and batch['txt'].dtype == ml_dtypes.bfloat16
     assert batch['tok'].dtype == batch['len'].dtype == np.int32 and batch['txt'].shape == (23, 4, 4)
     wanted = {tuple(record(i)[0].tolist()): record(i)[1] for i in range(23)}
     assert {tuple(tok) for tok in batch['tok'].tolist()} == set(wanted)
@@ -104,7 +129,7 @@ def test_rejects_are_named_and_counted(tmp_path):
         ('a/3.jpg', 'too “small”', 1),
     ]
     data = DataConfig(kind='precomputed', path=str(tmp_path), text_length=4)
-    loader = make_loader(data, batch_size=1, seed=0, shard_index=0, shard_count=1, repeat=False)
+    loader = make_loader(data, batch_size=1, seed=0, repeat=False)
     assert [batch['tok'].tolist() for batch in loader] == [[record(1)[0].tolist()]]
 
 
@@ -177,10 +202,13 @@ def test_refusals_of_reading(tmp_path):
 
 
 def test_reading_is_fast_enough(tmp_path):
-    """Feeding a fast accelerator takes thousands a second; a tenth of that is asked of a busy machine."""
+    """Feeding a fast accelerator takes thousands a second; a tenth of that is asked of a slow core.
+
+    Counted is this thread's own time: others may share the core.
+    """
     tok, txt = np.arange(256), np.ones((12, 256))
     data = precomputed.encode_record(tok, txt, 'a red apple, noto style')
-    began = time.perf_counter()
+    began = time.thread_time()
     for _ in range(300):
         precomputed.decode_record(data, 64)
-    assert (time.perf_counter() - began) / 300 < 1 / 300
+    assert (time.thread_time() - began) / 300 < 1 / 300

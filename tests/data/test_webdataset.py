@@ -25,7 +25,7 @@ def source_of(folder, **changes):
 
 def one_pass(folder, **changes):
     data = DataConfig(kind='webdataset', path=str(folder), image_size=8, **changes)
-    batches = make_loader(data, batch_size=5, seed=0, shard_index=0, shard_count=1, repeat=False)
+    batches = make_loader(data, batch_size=5, seed=0, repeat=False)
     return [(img, caption) for batch in batches for img, caption in zip(batch['img'], batch['caption'], strict=True)]
 
 
@@ -121,7 +121,7 @@ def test_bad_members_are_counted_named_and_skipped(damaged):
 def test_unreadable_pictures_give_their_place_or_are_marked(damaged):
     data = DataConfig(kind='webdataset', path=str(damaged), image_size=8, min_side=8)
     with pytest.warns(InputWarning, match='the next record takes its place') as caught:
-        found = list(make_loader(data, batch_size=8, seed=0, shard_index=0, shard_count=1, repeat=False))
+        found = list(make_loader(data, batch_size=8, seed=0, repeat=False))
     assert len(found) == 1 and found[0]['caption'].tolist()[5:] == ['picture 0, “yes”'] * 3
     named = {str(w.message).split(':')[0] for w in caught if 'takes its place' in str(w.message)}
     assert named == {'00000.tar/cut', '00000.tar/odd', '00000.tar/tiny'}

@@ -16,6 +16,7 @@ from PIL import Image
 from toys import CODES, toy_batch, toy_run, with_model, with_train
 
 from muse.config import DecodeConfig, VQConfig
+from muse.data import pipeline
 from muse.errors import InputWarning, UserError
 from muse.mesh import make_mesh
 from muse.models.vqgan import VQGAN
@@ -40,7 +41,7 @@ def tokenizer(tmp_path_factory):
 def use_toys(patch):
     """Tokens come from `toys`, a function of the step alone; only the loop is tested here."""
 
-    def batches(data, config, task, start_step):
+    def batches(data, config, task, mesh, start_step):
         offset = 0 if data is config.data else 1000
         return (toy_batch(offset + i, config.train.batch_size) for i in itertools.count(start_step))
 
@@ -65,7 +66,8 @@ def lines(workdir):
 
 
 def numbers(workdir):
-    return [{k: v for k, v in line.items() if k != 'images_per_s'} for line in lines(workdir)]
+    clocked = {'images_per_s', 'tokens_per_s', 'data_wait', 'host_ms'}
+    return [{k: v for k, v in line.items() if k not in clocked} for line in lines(workdir)]
 
 
 @pytest.fixture(scope='module')
@@ -157,9 +159,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path, monkeypatc
         return new, {**metrics, 'loss': loss}
 
     monkeypatch.setattr(base, 'train_step', broken)
-    with pytest.raises(UserError, match=r'not finite at step 3 \(steps 1 to 4 since'):
+    monkeypatch.setattr(pipeline, 'source_names', lambda data, indices, seed: [f'row {i}' for i in indices])
+    with pytest.raises(UserError, match=r'not finite at step 3 \(steps 1 to 4 since.*after step 4 .*emergency'):
         loop.run(small(tokenizer, log_every_steps=50, save_every_steps=4, eval_every_steps=0), tmp_path / 'run')
     assert not any((tmp_path / 'run' / 'checkpoints').iterdir()), 'no checkpoint holds the broken state'
+    note = json.loads((tmp_path / 'run' / 'emergency' / '4.json').read_text())
+    assert note['first_bad_step'] == 3 and note['window'] == [1, 4]
+    assert note['examples'][0] == {'index': 32, 'name': 'row 32'} and len(note['examples']) == 16
+    assert (tmp_path / 'run' / 'emergency' / '4' / 'state').is_dir()
 
 
 def test_a_workdir_that_is_a_file_is_refused(tokenizer, tmp_path):
