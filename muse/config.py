@@ -103,7 +103,7 @@ class TransformerConfig:
     text_length: int = 127
     remat: Literal['none', 'dots', 'full'] = 'dots'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
-    attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
+    attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # the chip's own kernel where it fits
     dtype: Dtype = 'float32'
 
 
@@ -125,7 +125,7 @@ class SuperresConfig:
     text_length: int = 127
     remat: Literal['none', 'dots', 'full'] = 'dots'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
-    attention: Literal['xla', 'cudnn', 'splash'] = 'xla'
+    attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # the chip's own kernel where it fits
     dtype: Dtype = 'float32'
 
 
@@ -209,6 +209,9 @@ class DataConfig:
     path: str = ''  # folder; for 'tfds' the data_dir
     name: str = ''  # 'tfds' only: dataset name, e.g. 'coco_captions'
     split: str = 'train'
+    # 'folder', 'webdataset', 'parquet', which have no splits: this share of the pictures, chosen by their names, is the
+    # split 'heldout' and the others are 'train'.
+    heldout_share: float = 0.0
     image_key: str = 'image'
     caption_key: str = 'caption'  # '' with 'webdataset' and 'parquet': pictures alone
     image_size: int = 256
@@ -216,6 +219,7 @@ class DataConfig:
     max_objects: int = 3  # 'scenes' only
     random_flip: bool = False  # photos only: captions that say left and right forbid it
     workers: int = 0  # grain worker processes; 0 reads in threads of this process
+    max_unread: float = 0.01  # share of the rows trained on that may be unreadable; each counts for nothing
     text_length: int = 127
 
 
@@ -246,9 +250,15 @@ class TrainConfig:
     save_every_steps: int = 1000
     save_every_minutes: float = 15.0
     keep_checkpoints: int = 3
+    stall_minutes: float = 30.0  # a run in which nothing moves for so long ends; 0: never
     eval_every_steps: int = 1000
     eval_batches: int = 8
+    eval_features: str = ''  # folder of tools/fetch_features.py: evaluations judge drawn pictures too; '': they don't
+    eval_pictures: int = 64  # that are drawn for it, at most
     grid_every_steps: int = 2000
+    profile_at: int = 0  # the first step of a profile, counted from 1; 0: only one asked for while the run goes on
+    profile_steps: int = 3
+    wandb: str = ''  # project of Weights & Biases to log to as well; '': nothing leaves the machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +279,7 @@ class TokenizerRun:
     train: TrainConfig
     data: DataConfig
     eval_data: DataConfig
+    init_from: str = ''  # folder of the tokenizer to start from: a release, or <workdir>/export; '': fresh weights
     loss: VQLossConfig = field(default_factory=VQLossConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000))
     discriminator_optim: OptimConfig = field(
@@ -287,6 +298,7 @@ class DecoderRun:
     data: DataConfig
     eval_data: DataConfig
     tokenizer: str  # folder of the tokenizer: a release, or <workdir>/export
+    init_from: str = ''  # folder of a tokenizer whose decoder to start from; '': fresh weights
     loss: VQLossConfig = field(default_factory=VQLossConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000))
     discriminator_optim: OptimConfig = field(
@@ -306,6 +318,8 @@ class BaseRun:
     eval_data: DataConfig
     tokenizer: str  # folder holding tokenizer.safetensors and its config: a release, or <workdir>/export
     text_encoder: str = ''  # folder holding the text encoder; '' is the shipped one
+    init_from: str = ''  # folder whose base to start from: a release, or <workdir>/export; '': fresh weights
+    prompts: tuple[str, ...] = ()  # what the sheets show; (): captions of held-out pictures
     loss: MaskedLossConfig = field(default_factory=MaskedLossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -324,6 +338,9 @@ class SuperresRun:
     tokenizer: str  # folder of the base's tokenizer, which makes the low-res tokens
     superres_tokenizer: str  # folder of the tokenizer of the high-res tokens: a release, or <workdir>/export
     text_encoder: str = ''  # folder holding the text encoder; '' is the shipped one
+    init_from: str = ''  # folder whose super-res to start from: a release, or <workdir>/export; '': fresh weights
+    prompts: tuple[str, ...] = ()  # what the sheets show, over low-res tokens of `base`; (): held-out pictures
+    base: str = ''  # folder of the base that draws the low-res tokens of `prompts`
     loss: SuperresLossConfig = field(default_factory=SuperresLossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(steps=8))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from muse.train.flops import peak_flops
+from muse.train.rates import peak_memory_gib as peak_memory_gib  # the benches' as well
 
 
 def timed(call: Callable[[], Any], *, repeats: int, warmup: int = 2) -> dict[str, Any]:
@@ -49,9 +50,3 @@ def compiled_memory(compiled: Any) -> dict[str, float]:
         - memory.alias_size_in_bytes
     )
     return {'memory_gib': round(needed / 2**30, 3), 'temporaries_gib': round(memory.temp_size_in_bytes / 2**30, 3)}
-
-
-def peak_memory_gib() -> float | None:
-    """The most that this process has held on the first device so far; None where the device does not say (CPU)."""
-    stats = jax.devices()[0].memory_stats()
-    return round(stats['peak_bytes_in_use'] / 2**30, 3) if stats else None

@@ -121,7 +121,7 @@ def draw_pool(folder: str, data: DataConfig, number: int, *, seed: int) -> Path:
     tmp, batch = path.with_suffix('.tmp'), min(64, number)
     shape = (number, data.image_size, data.image_size, 3)
     made = np.lib.format.open_memmap(tmp, 'w+', np.uint8, shape)
-    loader = make_loader(data, batch_size=batch, seed=seed, shard_index=0, shard_count=1, repeat=True)
+    loader = make_loader(data, batch_size=batch, seed=seed, repeat=True)
     for start in range(0, number, batch):
         made[start : start + batch] = next(loader)['img'][: number - start]
     made.flush()

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from muse.errors import UserError
+from muse.train.flops import PEAKS
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Chip:
 
 _GIB = 2.0**30
 CHIPS = {
-    'v4': Chip(275e12, 32 * _GIB, 1200e9, 50e9, 4, dcn=25e9 / 8, options=(('chip_config_name', 'megacore'),)),
-    'v5e': Chip(197e12, 16 * _GIB, 819e9, 50e9, 16, dcn=25e9 / 8),
-    'v5p': Chip(459e12, 95 * _GIB, 2765e9, 100e9, 4, dcn=50e9 / 8),
-    'v6e': Chip(918e12, 32 * _GIB, 1638e9, 100e9, 16, dcn=100e9 / 8),
-    '7x': Chip(2307e12, 192 * _GIB, 7380e9, 100e9, 4, dcn=100e9 / 8, devices=2, libtpu='tpu7x'),
+    'v4': Chip(PEAKS['TPU v4'], 32 * _GIB, 1200e9, 50e9, 4, dcn=25e9 / 8, options=(('chip_config_name', 'megacore'),)),
+    'v5e': Chip(PEAKS['TPU v5 lite'], 16 * _GIB, 819e9, 50e9, 16, dcn=25e9 / 8),
+    'v5p': Chip(PEAKS['TPU v5'], 95 * _GIB, 2765e9, 100e9, 4, dcn=50e9 / 8),
+    'v6e': Chip(PEAKS['TPU v6 lite'], 32 * _GIB, 1638e9, 100e9, 16, dcn=100e9 / 8),
+    '7x': Chip(2 * PEAKS['TPU7x'], 192 * _GIB, 7380e9, 100e9, 4, dcn=100e9 / 8, devices=2, libtpu='tpu7x'),
 }
 _FLAT = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'.split()
 _DEEP = '2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16'.split()

@@ -257,6 +257,35 @@ def load_part(folder: str | Path, part: str, *, dtype: Dtype = 'float32', mesh: 
     return Part(config, params, found, {key: value for key, value in entry.items() if key not in _OWN_KEYS})
 
 
+def describe_part(folder: str | Path, part: str) -> Part:
+    """A part without its weights: `params` are shapes, and there is no hash.
+
+    Raises:
+        UserError: the folder is no release, or its config.json has no such part or a damaged one.
+    """
+    config, entry = _read_config(Path(folder), part)
+    extra = {key: value for key, value in entry.items() if key not in _OWN_KEYS}
+    return Part(config, graphdef_and_template(part, config)[1], '', extra)
+
+
+def describe_release(folder: str | Path) -> Release:
+    """A release without its weights, of which only config.json is read. Raises UserError as `describe_part`."""
+    folder = Path(folder)
+    parts = {part: describe_part(folder, part) for part in ('base', 'tokenizer', 'text_encoder')}
+    release = Release(
+        tokenizer=parts['tokenizer'],
+        text_encoder=parts['text_encoder'],
+        base=parts['base'],
+        decode=_read_decode(folder, 'base', parts['base']),
+        vocabulary=folder / VOCABULARY,
+    )
+    if not has_part(folder, 'superres'):
+        return release
+    superres, tokenizer = (describe_part(folder, part) for part in ('superres', 'superres_tokenizer'))
+    decode = _read_decode(folder, 'superres', superres)
+    return replace(release, superres=superres, superres_tokenizer=tokenizer, superres_decode=decode)
+
+
 def load_superres_tokenizer(folder: str | Path) -> Part:
     """The tokenizer of the high-res tokens: a release's part 'superres_tokenizer', or a training's 'tokenizer'."""
     return load_part(folder, 'superres_tokenizer' if has_part(folder, 'superres_tokenizer') else 'tokenizer')

@@ -18,7 +18,8 @@ from muse.mesh import batch_sharding
 from muse.models.transformer import Transformer
 from muse.release.format import save_part
 from muse.train import masked
-from muse.train.frozen import Frozen, load_frozen
+from muse.train.frozen import Frozen, encode_sheet, load_frozen
+from muse.train.init_from import start_from
 from muse.train.task import Batch, Metrics, State, Task
 
 GRID_PICTURES = 16
@@ -72,14 +73,25 @@ def base_task(run: BaseRun, mesh: Mesh) -> Task:
         UserError: missing or foreign frozen parts, or shapes that do not fit the model's.
     """
     frozen = load_frozen(run, mesh)
+    sheet = encode_sheet(run, frozen.text, mesh)
     abstract = nnx.eval_shape(lambda: Transformer(run.model, rngs=nnx.Rngs(params=0)))
-    graphdef = nnx.split(abstract, nnx.Param)[0]
+    graphdef, shapes = nnx.split(abstract, nnx.Param)
+    below = {'tokenizer': frozen.tokenizer_hash, 'text_encoder': frozen.text_encoder_hash}
+
+    def draw(state: State, batch: Batch, key: Key[Array, ''], number: int) -> Array:
+        return frozen.draw(graphdef, state['ema'], batch, key, number)
+
     return Task(
         init=lambda key: init_state(run, key),
         step=lambda state, batch, key: train_step(run, graphdef, state, batch, key),
         evaluate=lambda state, batch, key: evaluate(graphdef, state, batch, key),
         export=lambda state, folder: export_base(run, frozen, state, folder),
-        grid=lambda state, batch, key: frozen.draw(graphdef, state['ema'], batch, key, GRID_PICTURES),
+        grid=lambda state, batch, key: draw(state, sheet or batch, key, len(run.prompts) or GRID_PICTURES),
         prepare=lambda batch: frozen.encode(batch, batch_sharding(mesh)),
         encode_text=frozen.text.encode,
+        pictures=lambda state, batch, key, number: (
+            draw(state, batch, key, number),
+            frozen.pixels(batch['tok'][:number]),
+        ),
+        start=start_from(run.init_from, 'base', shapes, mesh, below=below),
     )

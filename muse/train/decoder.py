@@ -23,8 +23,10 @@ from muse.models.vqgan import VQGAN, Decoder, to_float, to_uint8
 from muse.release.format import Part, load_part, save_part
 from muse.train import adversary
 from muse.train.frozen import Net, place
+from muse.train.init_from import start_from
 from muse.train.micro_batches import over_micro_batches
-from muse.train.optim import learning_rate, make_optimizer, update_ema
+from muse.train.optim import make_optimizer, step_metrics, update_ema
+from muse.train.row_weights import WEIGHT
 from muse.train.task import Batch, Metrics, State, Task
 from muse.train.tokenizer import GRID_PICTURES, PERCEPTUAL, check_sides, load_net
 
@@ -67,17 +69,17 @@ def train_step(run: DecoderRun, nets: Nets, state: State, batch: Batch) -> tuple
     playing = state['step'] >= run.loss.adversarial_start_step
 
     def of(rows: dict[str, Array]) -> tuple[Any, tuple[()]]:
-        real_BHWC = to_float(rows['img'])
+        real_BHWC, weight_B = to_float(rows['img']), rows.get(WEIGHT)
         fake_BHWC, pull = jax.vjp(lambda params: _decode(run, nets, params, rows[CODES]), state['params'])
         critic = nnx.merge(nets.critic, state['disc'])
-        found = adversary.judge(run.loss, batch[PERCEPTUAL], critic, real_BHWC, fake_BHWC, playing)
+        found = adversary.judge(run.loss, batch[PERCEPTUAL], critic, real_BHWC, fake_BHWC, playing, weight_B)
         weight = adversary.adversarial_weight(run.loss, found, lambda g: pull(g)[0]['conv_out']['kernel'][...])
         (grads,) = pull(found.grad_BHWC + weight * found.adversarial_BHWC)
-        disc, more = adversary.critic_gradients(run.loss, nets.critic, state, real_BHWC, fake_BHWC, playing)
+        disc, more = adversary.critic_gradients(run.loss, nets.critic, state, real_BHWC, fake_BHWC, playing, weight_B)
         loss = found.loss + weight * found.metrics['adversarial']
         return (grads, disc, found.metrics | more | {'loss': loss}), ()
 
-    rows = {name: batch[name] for name in ('img', CODES)}
+    rows = {name: batch[name] for name in ('img', CODES, WEIGHT) if name in batch}
     (grads, disc, metrics), _ = over_micro_batches(of, rows, run.train.accumulate)
     updates, opt = make_optimizer(run.optim, run.train.steps).update(grads, state['opt'], state['params'])
     params, step = optax.apply_updates(state['params'], updates), state['step'] + 1
@@ -88,14 +90,14 @@ def train_step(run: DecoderRun, nets: Nets, state: State, batch: Batch) -> tuple
         'opt': opt,
         **adversary.update_critic(run.loss, run.discriminator_optim, run.train.steps, state, disc, metrics),
     }
-    rate = learning_rate(run.optim, run.train.steps)(state['step'])
-    return new, metrics | {'grad_norm': optax.tree.norm(grads), 'learning_rate': rate}
+    return new, metrics | step_metrics(run.optim, run.train.steps, state['step'], grads, params, updates)
 
 
 def evaluate(run: DecoderRun, nets: Nets, state: State, batch: Batch) -> Metrics:
     """The averaged decoder on a batch: 'loss' (without the adversarial term), its terms, PSNR."""
     made_BHWC = _decode(run, nets, state['ema'], batch[CODES])
-    loss, metrics = adversary.picture_terms(run.loss, batch[PERCEPTUAL], to_float(batch['img']), made_BHWC)
+    real_BHWC = to_float(batch['img'])
+    loss, metrics = adversary.picture_terms(run.loss, batch[PERCEPTUAL], real_BHWC, made_BHWC, batch.get(WEIGHT))
     return metrics | {'loss': loss}
 
 
@@ -148,6 +150,11 @@ def decoder_task(run: DecoderRun, mesh: Mesh) -> Task:
         pair_NHWC = jnp.stack([img_BHWC, to_uint8(_decode(run, nets, params, codes_BhwC))], axis=1)
         return pair_NHWC.reshape(-1, *img_BHWC.shape[1:])
 
+    def pictures(state: State, batch: Batch, key: Key[Array, ''], number: int) -> tuple[Array, Array]:
+        pair_NHWC = draw(state['ema'], batch['img'][:number], batch[CODES][:number])
+        return pair_NHWC[1::2], pair_NHWC[::2]
+
+    shapes = nnx.state(nnx.eval_shape(lambda: Decoder(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)
     return Task(
         init=lambda key: init_state(run, key),
         step=lambda state, batch, key: train_step(run, nets, state, batch),
@@ -155,4 +162,6 @@ def decoder_task(run: DecoderRun, mesh: Mesh) -> Task:
         export=lambda state, folder: export(run, part, state, folder),
         grid=lambda state, batch, key: draw(state['ema'], batch['img'][:GRID_PICTURES], batch[CODES][:GRID_PICTURES]),
         prepare=lambda batch: {**batch, CODES: codes(frozen.params, batch['img']), PERCEPTUAL: net},
+        pictures=pictures,
+        start=start_from(run.init_from, 'tokenizer', shapes, mesh, inside='decoder'),
     )

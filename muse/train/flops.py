@@ -7,6 +7,7 @@ look-ups are left out, as is usual where a share of the peak is stated.
 from __future__ import annotations
 
 from muse.config import (
+    DecoderRun,
     Run,
     SuperresConfig,
     SuperresRun,
@@ -19,9 +20,13 @@ from muse.config import (
 
 # Dense bfloat16 operations a second, from the makers' data sheets; the first name found in the device's is taken.
 PEAKS = {
+    'H100 PCIe': 756e12,
     'H100': 989e12,
     'H200': 989e12,
     'A100': 312e12,
+    'RTX 4090': 165e12,
+    'L40S': 362e12,
+    'L4': 121e12,
     'TPU v4': 275e12,
     'TPU v5 lite': 197e12,
     'TPU v5': 459e12,  # how a v5p names itself
@@ -106,12 +111,21 @@ def tokenizer_step_flops(model: VQConfig, loss: VQLossConfig, batch: int, side: 
     counted for what a program computes again.
     """
     pixels = batch * side * side
-    total = 3 * (encoder_flops(model, pixels) + decoder_flops(model, pixels))
-    total += 3 * vgg_flops(pixels) if loss.perceptual else 0
+    return 3 * (encoder_flops(model, pixels) + decoder_flops(model, pixels)) + _judges_flops(loss, pixels)
+
+
+def decoder_step_flops(model: VQConfig, loss: VQLossConfig, batch: int, side: int) -> float:
+    """As `tokenizer_step_flops`, the encoder frozen: one pass."""
+    pixels = batch * side * side
+    return encoder_flops(model, pixels) + 3 * decoder_flops(model, pixels) + _judges_flops(loss, pixels)
+
+
+def _judges_flops(loss: VQLossConfig, pixels: int) -> float:
+    total = 3 * vgg_flops(pixels) if loss.perceptual else 0.0
     if loss.adversarial:
         passes = 8 + (6 / loss.r1_every_steps if loss.r1 else 0)
         total += passes * critic_flops(loss.discriminator_channels, pixels)
-    return float(total)
+    return total
 
 
 def _block_flops(width: int, mlp_dim: int, tokens: int, keys: int) -> int:
@@ -136,17 +150,52 @@ def superres_flops(config: SuperresConfig, batch: int) -> float:
     """Operations of one pass of the super-res, as `transformer_flops`."""
     per_picture, low = config.grid[0] * config.grid[1], config.low_grid[0] * config.low_grid[1]
     tokens, rows, width = batch * per_picture, batch * (low + config.text_length), config.width
-    keys = (config.block**2 + per_picture // config.block**2) / 2  # half of the heads within blocks, half across
-    layer = _block_flops(width, config.mlp_dim, tokens, 1) + 4 * tokens * width * (keys - 1)
+    layer = _block_flops(width, config.mlp_dim, tokens, 1) + 4 * tokens * width * (_seen(config) - 1)
     layer += _cross_flops(width, tokens, rows, 1 + low + config.text_length)
     total = config.layers * layer + config.low_layers * _block_flops(width, config.mlp_dim, batch * low, low)
     head_and_text = tokens * config.codebook_size + batch * config.text_length * config.text_width
     return float(total + 2 * width * head_and_text)
 
 
+def base_draw_flops(config: TransformerConfig, batch: int, steps: int) -> float:
+    """Operations of drawing pictures' tokens with guidance against no text (§2.7, §2.8).
+
+    Both branches of each step count; the cross-attention of the one without text does not, which is a constant.
+    Keys and values are made once a picture. Every token's logits count, known or not.
+    """
+    tokens, width = batch * config.grid[0] * config.grid[1], config.width
+    block = _block_flops(width, config.mlp_dim, tokens, config.grid[0] * config.grid[1])
+    cross = _cross_flops(width, tokens, 0, 1 + config.text_length)
+    step = config.layers * (2 * block + cross) + 2 * 2 * tokens * width * config.codebook_size
+    return float(steps * step + _memory_flops(config, batch * config.text_length, batch * config.text_length))
+
+
+def superres_draw_flops(config: SuperresConfig, batch: int, steps: int) -> float:
+    """As `base_draw_flops`, over given low-res tokens, which both branches read: they are made once a picture."""
+    per_picture, low = config.grid[0] * config.grid[1], config.low_grid[0] * config.low_grid[1]
+    tokens, rows, width = batch * per_picture, batch * (low + config.text_length), config.width
+    block = _block_flops(width, config.mlp_dim, tokens, 1) + 4 * tokens * width * (_seen(config) - 1)
+    cross = 2 * _cross_flops(width, tokens, 0, 1 + low) + 4 * tokens * width * config.text_length
+    step = config.layers * (2 * block + cross) + 2 * 2 * tokens * width * config.codebook_size
+    once = config.low_layers * _block_flops(width, config.mlp_dim, batch * low, low)
+    return float(steps * step + once + _memory_flops(config, rows, batch * config.text_length))
+
+
+def _seen(config: SuperresConfig) -> float:
+    """Keys of a query: half of the heads attend within blocks, half across them."""
+    return (config.block**2 + config.grid[0] * config.grid[1] // config.block**2) / 2
+
+
+def _memory_flops(config: TransformerConfig | SuperresConfig, rows: int, texts: int) -> int:
+    """Keys and values of every layer for so many rows of memory, and the projection of so many text states."""
+    return config.layers * _cross_flops(config.width, 0, rows, 0) + 2 * config.width * texts * config.text_width
+
+
 def step_flops(run: Run) -> float:
     """Operations of one training step of the whole batch; nothing is counted for what is computed again (remat)."""
     if isinstance(run, TokenizerRun):
         return tokenizer_step_flops(run.model, run.loss, run.train.batch_size, run.data.image_size)
+    if isinstance(run, DecoderRun):
+        return decoder_step_flops(run.model, run.loss, run.train.batch_size, run.data.image_size)
     count = superres_flops if isinstance(run, SuperresRun) else transformer_flops
     return 3 * count(run.model, run.train.batch_size)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from muse import drawing
 from muse.config import BaseRun, DecodeConfig, SuperresRun
 from muse.data.precomputed import Meta, read_meta
 from muse.errors import UserError
-from muse.mesh import shardings
+from muse.mesh import replicated, shardings
 from muse.models.t5 import native
 from muse.models.vqgan import to_float
 from muse.release.format import Part, graphdef_and_template, load_part, shipped
@@ -72,7 +73,12 @@ class Net:
 
 def place(part: Part, name: str, mesh: Mesh) -> Net:
     """Puts a part's parameters onto the mesh, split like trained ones."""
-    config = native(part.config) if name == 'text_encoder' else part.config
+    if name == 'text_encoder':
+        config = native(part.config)
+    elif mesh.devices.flat[0].platform == 'cpu':  # which only imitates bfloat16, many times more slowly
+        config = dataclasses.replace(part.config, dtype='float32')
+    else:
+        config = part.config
     graphdef, _ = graphdef_and_template(name, config)
     params = jax.device_put(part.params, shardings(part.params, mesh))
     return Net(graphdef=graphdef, params=params, config=config, hash=part.ids_hash)
@@ -102,20 +108,45 @@ def load_text(run: BaseRun | SuperresRun, mesh: Mesh, hashes: set[str]) -> Text:
     """
     encoder, encode, hashes = None, None, set(hashes)
     if any(data.kind != 'precomputed' for data in (run.data, run.eval_data)):
-        folder = run.text_encoder or str(shipped())
-        loaded = load_text_encoder(folder, mesh=mesh)
-        part = loaded.part
-        if part.config.width != run.model.text_width:
-            raise UserError(
-                f"the text encoder '{folder}' is {part.config.width} wide, model.text_width is {run.model.text_width}: "
-                f'set it to {part.config.width}'
-            )
-        encoder = place(part, 'text_encoder', mesh)
-        encode = CaptionEncoder(str(loaded.vocabulary), run.model.text_length)
-        hashes.add(part.hash)
+        encoder, encode = _load_encoder(run, mesh)
+        hashes.add(encoder.hash)
     if len(hashes) > 1:
         raise UserError('data and eval_data were made with two text encoders: run tools/precompute.py again')
     return Text(encoder=encoder, hash=hashes.pop(), encode=encode)
+
+
+def _load_encoder(run: BaseRun | SuperresRun, mesh: Mesh) -> tuple[Net, CaptionEncoder]:
+    folder = run.text_encoder or str(shipped())
+    loaded = load_text_encoder(folder, mesh=mesh)
+    part = loaded.part
+    if part.config.width != run.model.text_width:
+        raise UserError(
+            f"the text encoder '{folder}' is {part.config.width} wide, model.text_width is {run.model.text_width}: "
+            f'set it to {part.config.width}'
+        )
+    return place(part, 'text_encoder', mesh), CaptionEncoder(str(loaded.vocabulary), run.model.text_length)
+
+
+def encode_sheet(run: BaseRun | SuperresRun, text: Text, mesh: Mesh) -> Batch | None:
+    """The text of `run.prompts` as a batch of {'txt', 'len'}; None where there are none.
+
+    An encoder that the data have no need of is loaded for this alone, and let go.
+
+    Raises:
+        UserError: it is missing, or not the one that made the data.
+    """
+    if not run.prompts:
+        return None
+    encoder, encode = (text.encoder, text.encode) if text.encoder and text.encode else _load_encoder(run, mesh)
+    if encoder.hash != text.hash:
+        raise UserError(
+            f"prompts: the data were made with text encoder {text.hash[:12]}, '{run.text_encoder or shipped()}' is "
+            f'{encoder.hash[:12]}: set text_encoder to the folder that was precomputed with'
+        )
+    ids, lengths = zip(*map(encode, run.prompts), strict=True)
+    ids_BS, len_B = np.stack(ids), np.array(lengths, np.int32)
+    txt_BSD = encode_captions(encoder.graphdef, encoder.params, ids_BS, len_B)
+    return jax.device_put({'txt': txt_BSD, 'len': len_B}, replicated(mesh))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +189,12 @@ class Frozen:
             grid=self.grid,
             program=drawing.program_of(self.decode),
         )[-1]
-        return drawing.decode_pixels(
-            self.tokenizer.params, tok_BT.reshape(rows, *self.grid), graph=self.tokenizer.graphdef
-        )
+        return self.pixels(tok_BT)
+
+    def pixels(self, tok_BT: Int[Array, 'B T']) -> UInt8[Array, 'B H W 3']:
+        """Tokens as pictures."""
+        ids_Bhw = tok_BT.reshape(-1, *self.grid)
+        return drawing.decode_pixels(self.tokenizer.params, ids_Bhw, graph=self.tokenizer.graphdef)
 
 
 def check_codes(folder: str, tokenizer: Part, key: str, codes: int) -> None:

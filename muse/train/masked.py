@@ -14,16 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from muse import masking
 from muse.config import BaseRun, SuperresRun
+from muse.nn.rows import mean_rows
+from muse.train.averages import Buckets
 from muse.train.micro_batches import over_micro_batches
-from muse.train.optim import learning_rate, make_optimizer, update_ema
+from muse.train.optim import make_optimizer, step_metrics, update_ema
+from muse.train.row_weights import WEIGHT
 from muse.train.task import Batch, Metrics, State
 
 Predict = Callable[[Any, Batch], Array]  # (model, batch with 'tok', 'mask' and the condition) → logits_BTV
 Change = Callable[[Batch], Batch]
+
+BUCKETS = 5  # of the mask ratio: a fifth each
 
 
 def init_state(run: BaseRun | SuperresRun, model: nnx.Module) -> State:
@@ -42,6 +47,21 @@ def corrupt(run: BaseRun | SuperresRun, batch: Batch, key: Key[Array, '']) -> Ba
     return {**batch, 'mask': mask_BT, 'len': masking.drop_text(text_key, batch['len'], run.loss.text_dropout)}
 
 
+def by_mask_ratio(
+    mask_BT: Bool[Array, 'B T'], weight_B: Float[Array, ' B'] | None = None, **rows: Float[Array, ' B']
+) -> dict[str, Buckets]:
+    """Sums of per-row numbers by the share of the row that is masked: '<name>_mask', fifths from 0 to 1 (§2.6).
+
+    A loss near a ratio of 0 says how well neighbours are used, near 1 how well the text is.
+    """
+    ratio_B = jnp.mean(mask_BT.astype(jnp.float32), axis=1)
+    which_BK = jax.nn.one_hot(jnp.minimum(ratio_B * BUCKETS, BUCKETS - 1).astype(jnp.int32), BUCKETS)
+    if weight_B is not None:
+        which_BK = which_BK * weight_B[:, None]
+    count_K = jnp.sum(which_BK, axis=0)
+    return {f'{name}_mask': Buckets(jnp.sum(which_BK * x_B[:, None], axis=0), count_K) for name, x_B in rows.items()}
+
+
 def gradients(
     predict: Predict, graphdef: Any, params: nnx.State, batch: Batch, label_smoothing: float, accumulate: int
 ) -> tuple[nnx.State, Metrics]:
@@ -51,7 +71,8 @@ def gradients(
         logits_BTV = predict(nnx.merge(graphdef, params), batch)
         loss_B = masking.masked_ce(logits_BTV, batch['tok'], batch['mask'], label_smoothing)
         accuracy_B = masking.masked_accuracy(logits_BTV, batch['tok'], batch['mask'])
-        return jnp.mean(loss_B), {'accuracy': jnp.mean(accuracy_B)}
+        buckets = by_mask_ratio(batch['mask'], batch.get(WEIGHT), loss=loss_B, accuracy=accuracy_B)
+        return mean_rows(loss_B, batch.get(WEIGHT)), {'accuracy': mean_rows(accuracy_B, batch.get(WEIGHT)), **buckets}
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -65,20 +86,16 @@ def gradients(
 def update(
     run: BaseRun | SuperresRun, predict: Predict, graphdef: Any, state: State, batch: Batch
 ) -> tuple[State, Metrics]:
-    """One step of the optimiser on a corrupted batch. Metrics: loss, accuracy on masked tokens, norms, rate."""
+    """One step of the optimiser on a corrupted batch. Metrics: loss, accuracy on masked tokens (and both by
+    mask ratio), norms, rate."""
     params = state['params']
     grads, metrics = gradients(predict, graphdef, params, batch, run.loss.label_smoothing, run.train.accumulate)
-    optimizer = make_optimizer(run.optim, run.train.steps)
-    updates, opt = optimizer.update(grads, state['opt'], params)
-    params = optax.apply_updates(params, updates)
     step = state['step'] + 1
-    ema = update_ema(state['ema'], params, step, run.train.ema_decay)
-    metrics |= {
-        'grad_norm': optax.tree.norm(grads),
-        'param_norm': optax.tree.norm(params),
-        'update_norm': optax.tree.norm(updates),
-        'learning_rate': learning_rate(run.optim, run.train.steps)(state['step']),
-    }
+    with jax.named_scope('optimizer'):
+        updates, opt = make_optimizer(run.optim, run.train.steps).update(grads, state['opt'], params)
+        params = optax.apply_updates(params, updates)
+        ema = update_ema(state['ema'], params, step, run.train.ema_decay)
+        metrics |= step_metrics(run.optim, run.train.steps, state['step'], grads, params, updates)
     return {'step': step, 'params': params, 'ema': ema, 'opt': opt}, metrics
 
 
@@ -109,18 +126,19 @@ def evaluate(
     ratio_key, mask_key = jax.random.split(key)
     rows, tokens = batch['tok'].shape
     batch = {**batch, 'mask': masking.random_mask(mask_key, masking.mask_ratio(ratio_key, rows), tokens)}
-    model = nnx.merge(graphdef, state['ema'])
+    model, weight_B = nnx.merge(graphdef, state['ema']), batch.get(WEIGHT)
 
     def nats(logits_BTV: Array) -> Array:
         return masking.masked_ce(logits_BTV, batch['tok'], batch['mask'])
 
     logits_BTV = predict(model, batch)
-    right_B = nats(logits_BTV)
+    right_B, accuracy_B = nats(logits_BTV), masking.masked_accuracy(logits_BTV, batch['tok'], batch['mask'])
     changes = {'shuffled': other_caption, 'no_text': no_text, **(others or {})}
     changed = {name: nats(predict(model, change(batch))) for name, change in changes.items()}
     return {
-        'loss': jnp.mean(right_B),
-        **{f'loss_{name}': jnp.mean(nats_B) for name, nats_B in changed.items()},
-        'accuracy': jnp.mean(masking.masked_accuracy(logits_BTV, batch['tok'], batch['mask'])),
-        'caption_wins': jnp.mean((right_B < changed['shuffled']).astype(jnp.float32)),
+        'loss': mean_rows(right_B, weight_B),
+        **{f'loss_{name}': mean_rows(nats_B, weight_B) for name, nats_B in changed.items()},
+        'accuracy': mean_rows(accuracy_B, weight_B),
+        'caption_wins': mean_rows((right_B < changed['shuffled']).astype(jnp.float32), weight_B),
+        **by_mask_ratio(batch['mask'], weight_B, loss=right_B, accuracy=accuracy_B),
     }

@@ -1,17 +1,22 @@
-"""Where numbers and pictures of a run go: metrics.jsonl, TensorBoard, PNG grids, a progress bar or plain lines."""
+"""Where numbers and pictures of a run go: metrics.jsonl, TensorBoard, PNG grids, a bar or plain lines; wandb."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import uuid
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from muse.errors import UserError
 
 
 def tile(img_BHWC: np.ndarray, gap: int = 2) -> Image.Image:
@@ -42,6 +47,35 @@ def cut_after(path: Path, step: int) -> None:
     os.replace(tmp, path)
 
 
+def check_wandb(project: str) -> None:
+    """Raises UserError when Weights & Biases is asked for and not installed."""
+    if project and find_spec('wandb') is None:
+        raise UserError(
+            f"train.wandb is '{project}', but wandb is not installed: pip install wandb, or set train.wandb=''"
+        )
+
+
+def _open_wandb(project: str, workdir: Path) -> Any:
+    """The wandb run of a workdir: the same one after a restart. WANDB_MODE=offline keeps it on the machine."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    name = workdir / 'wandb_id'
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex[:12], encoding='utf-8')
+    config = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+    try:
+        run = wandb.init(
+            project=project, id=name.read_text(), name=workdir.name, dir=workdir, config=config, resume='allow'
+        )
+    except wandb.Error as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"wandb cannot be used ({reason}): log in, set WANDB_MODE=offline or train.wandb=''") from None
+    # A resumed run writes some steps again, which wandb's own counter would refuse.
+    run.define_metric('step')
+    run.define_metric('*', step_metric='step')
+    return run
+
+
 class Writer:
     """Writes the numbers of one run; does nothing on hosts other than the first.
 
@@ -51,9 +85,10 @@ class Writer:
         steps: length of the run, for the ETA.
         batch_size: global, for pictures a second.
         active: True on the first host.
+        wandb: project to log to as well; '': none.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, steps: int, batch_size: int, active: bool):
+    def __init__(self, workdir: Path, *, start_step: int, steps: int, batch_size: int, active: bool, wandb: str = ''):
         self.active, self._batch_size, self._workdir, self._steps = active, batch_size, workdir, steps
         if not active:
             return
@@ -61,7 +96,9 @@ class Writer:
         self._jsonl = open(workdir / 'metrics.jsonl', 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
         self._log = open(workdir / 'log.txt', 'a', encoding='utf-8', buffering=1)  # noqa: SIM115
         purge = start_step + 1 if start_step else None
-        self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=purge)
+        # A queue without end: where the disk is full its thread dies, and a full queue would wait for it for ever.
+        self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=purge, max_queue=0)
+        self._wandb = _open_wandb(wandb, workdir) if wandb else None
         rate = f'{{rate_fmt}}, {batch_size} images each'
         self._bar = tqdm(
             total=steps,
@@ -94,9 +131,12 @@ class Writer:
         print(json.dumps({'step': step, **values}), file=self._jsonl)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({'step': step, **values})
         speed = values.get('images_per_s')
         self._bar.set_postfix_str(f'loss {values["loss"]:.4f}' + (f', {speed:.1f} images/s' if speed else ''))
-        shown = ' '.join(f'{name}={value:.4g}' for name, value in values.items())
+        # Those by mask ratio (muse.train.masked) are for curves: with them a line would be three times as long.
+        shown = ' '.join(f'{name}={value:.4g}' for name, value in values.items() if '_mask_' not in name)
         print(f'step {step}/{self._steps} {shown}', file=self._log)
         if self._bar.disable:
             eta = f' eta={(self._steps - step) * self._batch_size / speed:.0f}s' if speed else ''
@@ -111,6 +151,10 @@ class Writer:
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f'{step:08d}.png')
         self._board.add_image('grid', np.asarray(sheet).transpose(2, 0, 1), step)
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({'step': step, 'grid': wandb.Image(sheet)})
 
     def close(self) -> None:
         """Flushes and closes all."""
@@ -119,3 +163,5 @@ class Writer:
             self._board.close()
             self._jsonl.close()
             self._log.close()
+            if self._wandb is not None:
+                self._wandb.finish()

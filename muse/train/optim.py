@@ -80,6 +80,18 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     )
 
 
+def step_metrics(
+    config: OptimConfig, steps: int, step: Array, grads: Any, params: Any, updates: Any
+) -> dict[str, Array]:
+    """Norms of one step, and its rate. `step`: steps done before; `grads`: not clipped; `params`: with `updates` in."""
+    return {
+        'grad_norm': optax.tree.norm(grads),
+        'param_norm': optax.tree.norm(params),
+        'update_norm': optax.tree.norm(updates),
+        'learning_rate': learning_rate(config, steps)(step),
+    }
+
+
 def update_ema(ema: Any, params: Any, step: Array, decay: float) -> Any:
     """Moving average of the weights after `step` steps, with decay min(decay, (1 + step) / (10 + step))."""
     step = step.astype(jnp.float32)

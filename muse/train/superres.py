@@ -23,7 +23,9 @@ from muse.mesh import batch_sharding
 from muse.models.superres import Superres
 from muse.release.format import save_part
 from muse.train import masked
-from muse.train.superres_nets import SuperresNets, load_superres_nets
+from muse.train.frozen import Net, encode_sheet
+from muse.train.init_from import start_from
+from muse.train.superres_nets import SuperresNets, load_superres_nets, low_sheet
 from muse.train.task import Batch, Metrics, State, Task
 
 GRID_PICTURES = 4
@@ -63,27 +65,35 @@ def evaluate(graphdef: Any, state: State, batch: Batch, key: Key[Array, '']) -> 
 def sheet(
     run: SuperresRun, nets: SuperresNets, graphdef: Any, state: State, batch: Batch, key: Key[Array, '']
 ) -> Array:
-    """Three rows of pictures: the low-res tokens as they are, what the averaged weights draw over them, the truth."""
-    tok_BT, low_BT, txt_BSD, len_B = (batch[name][:GRID_PICTURES] for name in ('tok', 'low', 'txt', 'len'))
+    """Rows of pictures: the low-res tokens as they are, what the averaged weights draw over them, the known truth."""
+    low_img = _pixels(nets.low, batch['low'], run.model.low_grid).repeat(nets.ratio, axis=1).repeat(nets.ratio, axis=2)
+    rows = [low_img, draw(run, nets, graphdef, state, batch, key)]
+    return jnp.concatenate(rows + ([_pixels(nets.high, batch['tok'], run.model.grid)] if 'tok' in batch else []))
+
+
+def draw(run: SuperresRun, nets: SuperresNets, graphdef: Any, state: State, batch: Batch, key: Key[Array, '']) -> Array:
+    """Pictures that the averaged weights draw over the low-res tokens and texts of a batch."""
+    canvas_BT = jnp.zeros((len(batch['low']), run.model.grid[0] * run.model.grid[1]), jnp.int32)
     high_BT = drawing.fill_superres(
         state['ema'],
-        low_BT,
-        jnp.zeros_like(tok_BT),
-        jnp.zeros(tok_BT.shape, bool),
-        drawing.sheet_batch(run.decode, txt_BSD, len_B, jax.random.randint(key, (), 0, 2**31 - 1)),
+        batch['low'],
+        canvas_BT,
+        jnp.zeros(canvas_BT.shape, bool),
+        drawing.sheet_batch(run.decode, batch['txt'], batch['len'], jax.random.randint(key, (), 0, 2**31 - 1)),
         graph=graphdef,
         grid=run.model.grid,
         program=drawing.program_of(run.decode),
     )[-1]
-    low_img, drawn, true_img = (
-        drawing.decode_pixels(net.params, ids_BT.reshape(-1, *grid), graph=net.graphdef)
-        for net, ids_BT, grid in (
-            (nets.low, low_BT, run.model.low_grid),
-            (nets.high, high_BT, run.model.grid),
-            (nets.high, tok_BT, run.model.grid),
-        )
-    )
-    return jnp.concatenate([low_img.repeat(nets.ratio, axis=1).repeat(nets.ratio, axis=2), drawn, true_img])
+    return _pixels(nets.high, high_BT, run.model.grid)
+
+
+def _pixels(net: Net, ids_BT: Array, grid: tuple[int, int]) -> Array:
+    return drawing.decode_pixels(net.params, ids_BT.reshape(-1, *grid), graph=net.graphdef)
+
+
+def first(batch: Batch, number: int) -> Batch:
+    """The first rows of a prepared batch."""
+    return {name: batch[name][:number] for name in ('tok', 'low', 'txt', 'len')}
 
 
 def export_superres(run: SuperresRun, nets: SuperresNets, state: State, folder: str) -> None:
@@ -107,14 +117,23 @@ def superres_task(run: SuperresRun, mesh: Mesh) -> Task:
     if not 0 <= run.loss.low_corruption <= 1:
         raise UserError(f'loss.low_corruption is {run.loss.low_corruption}: give a share from 0 to 1')
     nets = load_superres_nets(run, mesh)
+    fixed = low_sheet(run, nets, encode_sheet(run, nets.text, mesh), mesh)
     abstract = nnx.eval_shape(lambda: Superres(run.model, rngs=nnx.Rngs(params=0)))
-    graphdef = nnx.split(abstract, nnx.Param)[0]
+    graphdef, shapes = nnx.split(abstract, nnx.Param)
+    below = {'tokenizer': nets.low.hash, 'superres_tokenizer': nets.high.hash, 'text_encoder': nets.text.hash}
+
+    def pictures(state: State, batch: Batch, key: Key[Array, ''], number: int) -> tuple[Array, Array]:
+        batch = first(batch, number)
+        return draw(run, nets, graphdef, state, batch, key), _pixels(nets.high, batch['tok'], run.model.grid)
+
     return Task(
         init=lambda key: init_state(run, key),
         step=lambda state, batch, key: train_step(run, graphdef, state, batch, key),
         evaluate=lambda state, batch, key: evaluate(graphdef, state, batch, key),
         export=lambda state, folder: export_superres(run, nets, state, folder),
-        grid=lambda state, batch, key: sheet(run, nets, graphdef, state, batch, key),
+        grid=lambda state, batch, key: sheet(run, nets, graphdef, state, fixed or first(batch, GRID_PICTURES), key),
         prepare=lambda batch: nets.encode(batch, batch_sharding(mesh)),
         encode_text=nets.text.encode,
+        pictures=pictures,
+        start=start_from(run.init_from, 'superres', shapes, mesh, below=below),
     )

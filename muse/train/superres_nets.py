@@ -7,6 +7,7 @@ those of a tokenizer of their own on the picture as it is.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, UInt8
 
-from muse.config import SuperresConfig, SuperresRun, VQConfig
+from muse import drawing
+from muse.config import DecodeConfig, SuperresConfig, SuperresRun, VQConfig, read
 from muse.errors import UserError
-from muse.release.format import Part, load_part, load_superres_tokenizer
+from muse.mesh import replicated
+from muse.release.format import Part, graphdef_and_template, load_part, load_superres_tokenizer
 from muse.train.frozen import Net, Text, check_codes, check_precomputed, check_sizes, encode_pictures, load_text, place
 from muse.train.task import Batch
 
@@ -71,6 +74,42 @@ class SuperresNets:
             'txt': self.text.states(batch),
         }
         return (encoded if sharding is None else jax.device_put(encoded, sharding)) | {'len': batch['len']}
+
+
+def low_sheet(run: SuperresRun, nets: SuperresNets, texts: Batch | None, mesh: Mesh) -> Batch | None:
+    """The prompts of the sheets with low-res tokens that `run.base` draws for them, once; None where there are none.
+
+    Args:
+        run: names the base's folder.
+        nets: those of the run.
+        texts: {'txt', 'len'} of the prompts.
+        mesh: where the base's weights go for the time of drawing.
+
+    Raises:
+        UserError: no base, or one of another tokenizer, text encoder or grid.
+    """
+    if texts is None:
+        return None
+    if not run.base:
+        raise UserError('prompts of a super-res run need low-res tokens: set base to the folder of a trained base')
+    part = load_part(run.base, 'base', mesh=mesh)
+    for name, mine in (('tokenizer', nets.low.hash), ('text_encoder', nets.text.hash)):
+        if part.extra.get(f'{name}_sha256') != mine:
+            raise UserError(f"base: '{run.base}' was trained on another {name} than this run's: give one of the same")
+    if part.config.grid != run.model.low_grid:
+        raise UserError(f"base: '{run.base}' draws {part.config.grid} tokens, model.low_grid is {run.model.low_grid}")
+    decode = read(DecodeConfig, part.extra['decode'])
+    canvas_BT = jnp.zeros((len(texts['len']), math.prod(part.config.grid)), jnp.int32)
+    low_BT = drawing.fill_base(
+        part.params,
+        canvas_BT,
+        canvas_BT.astype(bool),
+        drawing.sheet_batch(decode, texts['txt'], texts['len'], jnp.asarray(run.train.seed, jnp.int32)),
+        graph=graphdef_and_template('base', part.config)[0],
+        grid=part.config.grid,
+        program=drawing.program_of(decode),
+    )[-1]
+    return {**texts, 'low': jax.device_put(low_BT, replicated(mesh))}
 
 
 def _check_low(name: str, path: str, run: SuperresRun, found: Any, low: Part) -> None:

@@ -8,6 +8,7 @@ codebook is initialised from data.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,13 @@ from muse.mesh import replicated
 from muse.models import perceptual, quantize
 from muse.models.perceptual import Perceptual
 from muse.models.vqgan import VQGAN, Reconstruction, to_float, to_uint8
+from muse.nn.rows import weigh
 from muse.release.format import save_part
 from muse.train import adversary
+from muse.train.init_from import start_from
 from muse.train.micro_batches import over_micro_batches
-from muse.train.optim import learning_rate, make_optimizer, update_ema
+from muse.train.optim import make_optimizer, step_metrics, update_ema
+from muse.train.row_weights import WEIGHT
 from muse.train.task import Batch, Metrics, State, Task
 
 GRID_PICTURES = 8
@@ -69,26 +73,43 @@ def init_state(run: TokenizerRun, key: Key[Array, '']) -> State:
     }
 
 
-def _quantizer_terms(config: VQLossConfig, model: VQGAN, result: Reconstruction) -> tuple[Array, Metrics]:
-    """What the quantizer adds to the loss: the weighted sum of its terms, and each."""
+def _quantizer_terms(
+    config: VQLossConfig, model: VQGAN, result: Reconstruction, weight_B: Array | None = None
+) -> tuple[Array, Metrics]:
+    """What the quantizer adds to the loss: the weighted sum of its terms, and each. `weight_B`: how rows count."""
     codes_VC, latents_BhwC = model.codes(), result.latents_BhwC
-    terms = model.quantizer.losses(latents_BhwC, codes_VC[result.ids_Bhw])
+    chosen_BhwC = codes_VC[result.ids_Bhw]
+    if weight_B is None:
+        terms = model.quantizer.losses(latents_BhwC, chosen_BhwC)
+    else:  # the terms are squares
+        root_B = jnp.sqrt(weight_B)
+        terms = model.quantizer.losses(weigh(latents_BhwC, root_B), weigh(chosen_BhwC, root_B))
+        # The entropy is of all codes in use: a row that does not count is seen, and pulls at nothing.
+        counts_B111 = weight_B[:, None, None, None] > 0
+        latents_BhwC = jnp.where(counts_B111, latents_BhwC, jax.lax.stop_gradient(latents_BhwC))
     if config.entropy:
         terms['entropy'] = model.quantizer.entropy(latents_BhwC.reshape(-1, latents_BhwC.shape[-1]), codes_VC)
     return sum((getattr(config, name) * term for name, term in terms.items()), jnp.zeros(())), terms
 
 
 def _tokenizer_gradients(
-    run: TokenizerRun, nets: Nets, state: State, net: Perceptual, real_BHWC: Array, playing: Array
+    run: TokenizerRun,
+    nets: Nets,
+    state: State,
+    net: Perceptual,
+    real_BHWC: Array,
+    playing: Array,
+    weight_B: Array | None,
 ) -> tuple[nnx.State, Metrics, Reconstruction]:
     def forward(params: nnx.State) -> tuple[tuple[Array, Array], tuple[Reconstruction, Metrics]]:
         model = nnx.merge(nets.tokenizer, params)
         result = model(real_BHWC)
-        own, terms = _quantizer_terms(run.loss, model, result)
+        own, terms = _quantizer_terms(run.loss, model, result, weight_B)
         return (result.img_BHWC, own), (result, terms)
 
     (fake_BHWC, own), pull, (result, terms) = jax.vjp(forward, state['params'], has_aux=True)
-    found = adversary.judge(run.loss, net, nnx.merge(nets.critic, state['disc']), real_BHWC, fake_BHWC, playing)
+    critic = nnx.merge(nets.critic, state['disc'])
+    found = adversary.judge(run.loss, net, critic, real_BHWC, fake_BHWC, playing, weight_B)
 
     def last_layer(grad_BHWC: Array) -> Array:
         # XLA drops all of this backward pass but the last layer.
@@ -101,19 +122,28 @@ def _tokenizer_gradients(
 
 
 def gradients(
-    run: TokenizerRun, nets: Nets, state: State, net: Perceptual, real_BHWC: Array, playing: Array
+    run: TokenizerRun,
+    nets: Nets,
+    state: State,
+    net: Perceptual,
+    real_BHWC: Array,
+    playing: Array,
+    weight_B: Array | None = None,
 ) -> tuple[Gradients, Array]:
     """Gradients of both nets over a batch in `accumulate` micro-batches, and the latents `[N, C]` seen."""
 
     def of(rows: dict[str, Array]) -> tuple[Gradients, Array]:
-        real_BHWC = rows['img']
-        grads, metrics, result = _tokenizer_gradients(run, nets, state, net, real_BHWC, playing)
-        disc, more = adversary.critic_gradients(run.loss, nets.critic, state, real_BHWC, result.img_BHWC, playing)
+        real_BHWC, weight_B = rows['img'], rows.get(WEIGHT)
+        grads, metrics, result = _tokenizer_gradients(run, nets, state, net, real_BHWC, playing, weight_B)
+        disc, more = adversary.critic_gradients(
+            run.loss, nets.critic, state, real_BHWC, result.img_BHWC, playing, weight_B
+        )
         latents_BhwC = jax.lax.stop_gradient(result.latents_BhwC)
         counts_V = quantize.counts(result.ids_Bhw, run.model.codebook_size)
         return Gradients(grads, disc, counts_V, metrics | more), latents_BhwC.reshape(-1, latents_BhwC.shape[-1])
 
-    return over_micro_batches(of, {'img': real_BHWC}, run.train.accumulate)
+    rows = {'img': real_BHWC} if weight_B is None else {'img': real_BHWC, WEIGHT: weight_B}
+    return over_micro_batches(of, rows, run.train.accumulate)
 
 
 def _revive(run: TokenizerRun, state: State, counts_V: Array, latents_NC: Array, key: Array) -> State:
@@ -134,7 +164,8 @@ def _revive(run: TokenizerRun, state: State, counts_V: Array, latents_NC: Array,
 def train_step(run: TokenizerRun, nets: Nets, state: State, batch: Batch, key: Key[Array, '']) -> tuple[State, Metrics]:
     """One step of both optimisers. `batch`: 'img' uint8 `[B, H, W, 3]` and the frozen net that `prepare` added."""
     playing = state['step'] >= run.loss.adversarial_start_step
-    found, latents_NC = gradients(run, nets, state, batch[PERCEPTUAL], to_float(batch['img']), playing)
+    real_BHWC, weight_B = to_float(batch['img']), batch.get(WEIGHT)
+    found, latents_NC = gradients(run, nets, state, batch[PERCEPTUAL], real_BHWC, playing, weight_B)
     with jax.named_scope('optimizer'):
         updates, opt = make_optimizer(run.optim, run.train.steps).update(found.tokenizer, state['opt'], state['params'])
         params, step = optax.apply_updates(state['params'], updates), state['step'] + 1
@@ -151,9 +182,8 @@ def train_step(run: TokenizerRun, nets: Nets, state: State, batch: Batch, key: K
     metrics = found.metrics | {
         'codebook_usage': quantize.usage(found.counts_V),
         'perplexity': quantize.perplexity(found.counts_V),
-        'grad_norm': optax.tree.norm(found.tokenizer),
-        'learning_rate': learning_rate(run.optim, run.train.steps)(state['step']),
     }
+    metrics |= step_metrics(run.optim, run.train.steps, state['step'], found.tokenizer, params, updates)
     with jax.named_scope('revival'):
         return _revive(run, new, found.counts_V, latents_NC, key), metrics
 
@@ -162,8 +192,9 @@ def evaluate(run: TokenizerRun, nets: Nets, state: State, batch: Batch) -> Metri
     """The averaged weights on a batch: 'loss' (without the adversarial term), its terms, PSNR, codebook use."""
     model, real_BHWC = nnx.merge(nets.tokenizer, state['ema']), to_float(batch['img'])
     result = model(real_BHWC)
-    pictures, metrics = adversary.picture_terms(run.loss, batch[PERCEPTUAL], real_BHWC, result.img_BHWC)
-    own, terms = _quantizer_terms(run.loss, model, result)
+    weight_B = batch.get(WEIGHT)
+    pictures, metrics = adversary.picture_terms(run.loss, batch[PERCEPTUAL], real_BHWC, result.img_BHWC, weight_B)
+    own, terms = _quantizer_terms(run.loss, model, result, weight_B)
     counts_V = quantize.counts(result.ids_Bhw, run.model.codebook_size)
     use = {'codebook_usage': quantize.usage(counts_V), 'perplexity': quantize.perplexity(counts_V)}
     return metrics | terms | {'loss': pictures + own} | use
@@ -189,6 +220,15 @@ def export(run: TokenizerRun, state: State, folder: str) -> None:
     save_part(folder, 'tokenizer', config=run.model, params=state['ema'], storage='float32', extra=extra)
 
 
+def start_from_tokenizer(run: TokenizerRun, mesh: Mesh | None) -> Callable[[State], State] | None:
+    """`start_from` for a tokenizer, whose codes count as used: those of a fresh one are put on encoder outputs."""
+    shapes = nnx.state(nnx.eval_shape(lambda: VQGAN(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)
+    start = start_from(run.init_from, 'tokenizer', shapes, mesh)
+    if start is None:
+        return None
+    return lambda state: {**start(state), 'idle_steps': jnp.zeros_like(state['idle_steps'])}
+
+
 def check_sides(run: TokenizerRun | DecoderRun) -> None:
     """Raises UserError when the sources' pictures are no whole number of tokens."""
     factor = run.model.factor
@@ -209,6 +249,11 @@ def tokenizer_task(run: TokenizerRun, mesh: Mesh | None = None) -> Task:
     check_sides(run)
     nets, net = make_nets(run), load_net(run.loss, run.model, mesh)
     jitted_draw = jax.jit(lambda params, img_BHWC: draw(nets, params, img_BHWC))
+
+    def pictures(state: State, batch: Batch, key: Key[Array, ''], number: int) -> tuple[Array, Array]:
+        pair_NHWC = jitted_draw(state['ema'], batch['img'][:number])
+        return pair_NHWC[1::2], pair_NHWC[::2]
+
     return Task(
         init=lambda key: init_state(run, key),
         step=lambda state, batch, key: train_step(run, nets, state, batch, key),
@@ -216,4 +261,6 @@ def tokenizer_task(run: TokenizerRun, mesh: Mesh | None = None) -> Task:
         export=lambda state, folder: export(run, state, folder),
         grid=lambda state, batch, key: jitted_draw(state['ema'], batch['img'][:GRID_PICTURES]),
         prepare=lambda batch: {**batch, PERCEPTUAL: net},
+        pictures=pictures,
+        start=start_from_tokenizer(run, mesh),
     )

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from muse.config import DataConfig
+from muse.data.sources import open_source
 from muse.errors import UserError
 from muse.evals import masked
 from muse.masking import mask_ratio, masked_ce, random_mask
@@ -69,11 +71,12 @@ def test_summary():
 
 @pytest.mark.filterwarnings('ignore::muse.errors.InputWarning')  # the tiny vocabulary knows few words
 def test_the_tool_on_the_sample(tiny_model):
-    found = eval_base.measure(tiny_model, '', 'heldout_pairs', number=50, seed=0, masks=1, batch_size=8)
+    data = DataConfig(kind='scenes', split='heldout_pairs', image_size=16)
+    found = eval_base.measure(tiny_model, data, number=50, seed=0, masks=1, batch_size=8)
     assert found['pictures'] == 26
     assert found['unigram'] <= np.log(64) < found['loss']  # random weights are worse than the counts
     assert 0 <= found['caption_wins'] <= 1 and found['gain_error'] > 0
-    few = eval_base.examples(tiny_model, '', 'heldout_pairs', 3, 0)
+    few = eval_base.examples(tiny_model, open_source(data), 3, 0)
     assert few[0].shape == (3, 16) and few[1].shape == (3, 24, 32)
     tokens, captions = few[0], few[3]
     assert len(set(captions)) == 3 and all(caption.endswith(' style') for caption in captions)

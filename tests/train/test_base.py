@@ -48,7 +48,9 @@ def reference():
     return train(toy_run(), 4)
 
 
-@pytest.mark.parametrize('mesh', [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    'mesh', [pytest.param(MeshConfig(), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
+)
 def test_eight_devices_equal_one(reference, mesh):
     losses, state = train(toy_run(mesh=mesh), 4, devices=8)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
@@ -59,6 +61,7 @@ def test_eight_devices_equal_one(reference, mesh):
     assert moments and all(m.addressable_shards[0].data.shape == shard for m in moments)
 
 
+@pytest.mark.slow
 def test_remat_equals_none(reference):
     losses, _ = train(with_model(toy_run(), remat='full'), 4)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
