@@ -57,7 +57,11 @@ def test_no_golden_is_left_over():
     assert {path.stem for path in GOLDEN.iterdir()} == {name.replace('/', '_') for name in NAMES}
 
 
-@pytest.mark.parametrize('name', NAMES)
+# One of each model; tracing a tokenizer takes seconds.
+FAST = {'paper/tokenizer_f16', 'paper/base_3b', 'paper/superres_770m'}
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in NAMES])
 def test_the_model_builds_without_memory(name):
     run = read_run(config(name))
     model_class = {'base': Transformer, 'superres': Superres}.get(run.task, VQGAN)

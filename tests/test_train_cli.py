@@ -75,7 +75,7 @@ def test_a_wrong_key_inside_a_config_file(parse, tmp_path):
 def test_the_script_itself(tmp_path):
     command = [sys.executable, 'train.py', TINY, f'--workdir={tmp_path / "run"}', '--config.tokenizer=no/such/folder']
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr.count('\n') == 1 and 'no/such/folder' in done.stderr and done.stderr.startswith('error: ')
     assert not (tmp_path / 'run').exists(), 'nothing half-written'

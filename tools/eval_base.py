@@ -1,9 +1,12 @@
 """Measures a base transformer on held-out pictures: masked loss under the right caption, a wrong one and none.
 
     python tools/eval_base.py --data=EMOJI_FOLDER [--model=RELEASE_FOLDER] [--split=heldout_pairs] [--num=1000]
+    python tools/eval_base.py --model=RELEASE_FOLDER --config=configs/own_data/base.py \
+        --config.data.kind=folder --config.data.path=PICTURES
 
-Each picture stands alone on white under 'a red apple, noto style'. Prints one JSON line, described in
-`muse.evals.masked.summary`. Computes in float32.
+Each emoji stands alone on white under 'a red apple, noto style'; with --config the pictures are those of its `data`, of
+the split 'heldout' where `data.heldout_share` makes one. Pictures and captions are encoded by the release's own nets.
+Prints one JSON line, described in `muse.evals.masked.summary`. Computes in float32.
 """
 
 from __future__ import annotations
@@ -14,40 +17,65 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
+from ml_collections import config_flags
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import muse
-from muse.data import scenes
-from muse.data.splits import HELDOUT_PAIRS, SPLITS
-from muse.data.sprites import load_sprites
-from muse.errors import UserError, main_guard
+from muse.config import DataConfig, read_run
+from muse.data.examples import BadExample, Source
+from muse.data.sources import open_source
+from muse.data.splits import HELDOUT, HELDOUT_PAIRS
+from muse.errors import UserError, main_guard, warn
 from muse.evals import masked
 from muse.release.format import graphdef_and_template
+from muse.train.command_line import parse_flags
 
 FLAGS = flags.FLAGS
 
 
-def examples(model: muse.Muse, data: str, split: str, number: int, seed: int):
-    """Tokens `[N, T]`, text states `[N, S, D]`, lengths `[N]` and captions of up to `number` pictures of a split."""
-    sprites = load_sprites(data, split, model.size[0])
-    chosen = np.random.default_rng(seed).permutation(len(sprites))[:number]
+def examples(model: muse.Muse, source: Source, number: int, seed: int):
+    """Tokens `[N, T]`, text states `[N, S, D]`, lengths `[N]` and captions of up to `number` pictures of a source."""
     tokens, states, lengths, captions = [], [], [], []
-    for index in chosen:
-        img_HWC, caption = scenes.plain(sprites, int(index), model.size[0])
+    for record in np.random.default_rng(seed).permutation(len(source)):
+        if len(tokens) == number:
+            break
+        try:
+            example = source.example(int(record), np.random.default_rng((seed, int(record))))
+        except BadExample as error:
+            warn(f'{error}; it is left out')
+            continue
+        caption = example['caption']
         txt_SD, length = model.cascade.texts([caption])[caption]
-        tokens.append(model.encode(Image.fromarray(img_HWC)).reshape(-1))
+        tokens.append(model.encode(Image.fromarray(example['img'])).reshape(-1))
         states.append(np.asarray(txt_SD))
         lengths.append(length)
         captions.append(caption)
+    if len(tokens) < 2:
+        raise UserError(f'{len(tokens)} pictures can be used: give at least 2, with different captions')
     return np.stack(tokens), np.stack(states), np.array(lengths, np.int32), captions
 
 
-def measure(model: muse.Muse, data: str, split: str, *, number: int, seed: int, masks: int, batch_size: int) -> dict:
+def wanted(model: muse.Muse) -> DataConfig:
+    """The pictures that the flags name, at the size of the model's base."""
+    side = model.grid[0] * model.release.tokenizer.config.factor
+    if FLAGS.config is None:
+        split = FLAGS.split or HELDOUT_PAIRS
+        return DataConfig(kind='scenes', path=FLAGS.data, split=split, image_size=side)
+    data = read_run(FLAGS.config.to_dict()).data
+    if data.kind == 'precomputed':
+        raise UserError(
+            "the config's data.kind is 'precomputed': set --config.data.kind and --config.data.path to the pictures"
+        )
+    split = FLAGS.split or (HELDOUT if data.heldout_share else data.split)
+    return dataclasses.replace(data, split=split, image_size=side)
+
+
+def measure(model: muse.Muse, data: DataConfig, *, number: int, seed: int, masks: int, batch_size: int) -> dict:
     """The numbers of `masked.summary` and what they were taken on."""
-    tok_NT, txt_NSD, len_N, captions = examples(model, data, split, number, seed)
+    tok_NT, txt_NSD, len_N, captions = examples(model, open_source(data), number, seed)
     base = model.release.base
     config = dataclasses.replace(base.config, dtype='float32', attention='xla')
     losses = masked.masked_losses(
@@ -61,7 +89,7 @@ def measure(model: muse.Muse, data: str, split: str, *, number: int, seed: int, 
         masks=masks,
         batch_size=min(batch_size, len(tok_NT)),
     )
-    about = {'pictures': len(tok_NT), 'masks': masks, 'split': split, 'model': model.release.name}
+    about = {'pictures': len(tok_NT), 'masks': masks, 'split': data.split, 'model': model.release.name}
     return masked.summary(losses, tok_NT) | about
 
 
@@ -70,10 +98,11 @@ def main(_: list[str]) -> None:
         for name, value in {'num': FLAGS.num, 'masks': FLAGS.masks, 'batch_size': FLAGS.batch_size}.items():
             if value < 1:
                 raise UserError(f'--{name}={value}: give 1 or more')
+        logging.set_verbosity(logging.WARNING)
+        model = muse.load(FLAGS.model or None)
         result = measure(
-            muse.load(FLAGS.model or None),
-            FLAGS.data,
-            FLAGS.split,
+            model,
+            wanted(model),
             number=FLAGS.num,
             seed=FLAGS.seed,
             masks=FLAGS.masks,
@@ -82,12 +111,18 @@ def main(_: list[str]) -> None:
         print(json.dumps(result))
 
 
+def _parse(argv: list[str]) -> list[str]:
+    with main_guard():
+        return parse_flags(argv)
+
+
 if __name__ == '__main__':
     flags.DEFINE_string('model', '', 'release folder; the shipped one when empty')
     flags.DEFINE_string('data', '', 'folder of the emoji data; the sample in the package when empty')
-    flags.DEFINE_enum('split', HELDOUT_PAIRS, SPLITS, 'split to measure on')
+    config_flags.DEFINE_config_file('config', None, 'a config whose `data` are the pictures, in place of --data')
+    flags.DEFINE_string('split', '', "split to measure on; empty: 'heldout_pairs', or with --config what is held out")
     flags.DEFINE_integer('num', 1000, 'pictures to measure on, at most')
     flags.DEFINE_integer('masks', 4, 'masks a picture')
     flags.DEFINE_integer('batch_size', 8, 'pictures at a time')
     flags.DEFINE_integer('seed', 0, 'of the masks and the wrong captions')
-    app.run(main)
+    app.run(main, flags_parser=_parse)

@@ -72,12 +72,29 @@ def compile_step(run: Run, topology: Topology) -> Program:
     """
     mesh = make_mesh(run.mesh, topology.devices)
     check_batch(mesh, run.train.batch_size, run.train.accumulate)
+    held = state_bytes(run, mesh)
+    if sum(held.values()) > topology.chip.hbm / topology.chip.devices:
+        raise DoesNotFit('the state alone is larger', mesh, held)  # spares minutes of compiling
+    return _compile(run, mesh, held)
+
+
+def compile_here(run: Run) -> Program:
+    """Compiles one training step of `run` for the devices of this process. On a CPU bfloat16 takes float32's room.
+
+    Raises:
+        UserError: a mesh or batch that does not fit the devices, or a task without such a step.
+        DoesNotFit: the step needs more memory than a device has.
+    """
+    mesh = make_mesh(run.mesh)
+    check_batch(mesh, run.train.batch_size, run.train.accumulate)
+    return _compile(run, mesh, state_bytes(run, mesh))
+
+
+def _compile(run: Run, mesh: Mesh, held: dict[str, float]) -> Program:
     with jax.set_mesh(mesh):
         init, step, batch = _parts(run, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        state, held = abstract_state(init, key, mesh), state_bytes(run, mesh)
-        if sum(held.values()) > topology.chip.hbm / topology.chip.devices:
-            raise DoesNotFit('the state alone is larger', mesh, held)  # spares minutes of compiling
+        state = abstract_state(init, key, mesh)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
         lowered = jit_step(step, state, mesh).lower(state, batch, key)
         parameters = sum(x.size for x in jax.tree.leaves(state['params']))
@@ -121,10 +138,10 @@ def state_bytes(run: Run, mesh: Any) -> dict[str, float]:
     """Bytes of each group of the state ('params', 'ema', 'opt' …) and of the 'batch' that one device holds."""
     init, _, batch = _parts(run, mesh)
     state = abstract_state(init, jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    return {name: _bytes(part) for name, part in state.items()} | {'batch': _bytes(batch)}
+    return {name: shard_bytes(part) for name, part in state.items()} | {'batch': shard_bytes(batch)}
 
 
-def _bytes(tree: Any) -> float:
+def shard_bytes(tree: Any) -> float:
     """Bytes of a device's shards."""
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))

@@ -38,6 +38,10 @@ class Source(abc.ABC):
             BadExample: the record's picture or caption cannot be used.
         """
 
+    def name(self, record: int) -> str:
+        """What to call a record; the same for records of one picture, wherever the source lies."""
+        return f'record {record}'
+
     def skipped(self) -> Iterator[tuple[str, str]]:
         """(name, reason) of what was found unusable when the source was opened and is no record."""
         return iter(())

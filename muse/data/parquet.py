@@ -70,6 +70,9 @@ class Parquet(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def name(self, record: int) -> str:
+        return self._table.name(int(self._rows[record]))
+
     def skipped(self) -> Iterator[tuple[str, str]]:
         notes = self._table.notes
         for row in self._failed:

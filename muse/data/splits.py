@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable
 
 TRAIN, HELDOUT_LABELS, HELDOUT_PAIRS = 'train', 'heldout_labels', 'heldout_pairs'
+HELDOUT = 'heldout'  # of a source without splits of its own
 SPLITS = (TRAIN, HELDOUT_LABELS, HELDOUT_PAIRS)
 
 _MIN_TRAIN_STYLES = 2

@@ -60,6 +60,9 @@ class WebDataset(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def name(self, record: int) -> str:
+        return f'{self._tars[self._rows[record]["tar"]].name}/{self._keys[record].decode()}'
+
     def skipped(self) -> Iterator[tuple[str, str]]:
         yield from self._index.skipped
         for row in self._bare:
@@ -67,8 +70,7 @@ class WebDataset(Source):
             yield f'{tar.name}/{self._index.keys[row].decode()}', 'it has no .txt or .json beside it'
 
     def example(self, record: int, rng: np.random.Generator) -> dict[str, Any]:
-        row = self._rows[record]
-        name = f'{self._tars[row["tar"]].name}/{self._keys[record].decode()}'
+        row, name = self._rows[record], self.name(record)
         return make_example(self._read(row, 'img', name), self._caption(row, name), name, self._data, rng)
 
     def _read(self, row: np.void, member: str, name: str) -> bytes:

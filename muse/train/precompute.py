@@ -110,7 +110,7 @@ def precompute(
         nets: frozen nets, on devices of this process.
         folder: made when missing; may hold other splits made with the same nets.
         num: examples to draw from the endless shuffled source; 0 takes each record of it once, in order.
-        shards: files to write; those that are there already are left alone.
+        shards: files to write, fewer where there is not a batch for each; those that are there are left alone.
         batch_size: pictures at a time; a multiple of the number of devices of this process.
         seed: of the order and of the scenes.
         progress: called with this process's finished examples and all of its examples, after each batch.
@@ -122,7 +122,7 @@ def precompute(
     _check(data, nets, num=num, shards=shards, batch_size=batch_size)
     source, split = open_source(data), data.split or TRAIN
     total = num or len(source)
-    shards = min(shards, total)
+    shards = min(shards, -(-total // batch_size))  # a shard's last batch is filled up: not of a few examples each
     ranges = [(total * i // shards, total * (i + 1) // shards) for i in range(shards)]
     found = begin_split(folder, split, _meta(data, nets), _plan(data, nets, num, total, seed), shards)
     mine = range(jax.process_index(), shards, jax.process_count())

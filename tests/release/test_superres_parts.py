@@ -12,7 +12,7 @@ from tiny import SUPERRES, VQ, random_params, write_cascade
 
 from muse.errors import UserError
 from muse.release.format import has_part, load_part, load_release, load_superres_tokenizer, save_part
-from tools.export import export
+from muse.release.join import join_release
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +70,7 @@ def test_a_missing_part_or_a_shape_that_does_not_fit_is_named(copy):
 
 
 def test_export_joins_all_parts_and_makes_them_name_the_rounded_ones(cascade, tmp_path):
-    export(cascade, cascade, cascade, tmp_path / 'out', 'int8', superres=(cascade, cascade))
+    join_release(cascade, cascade, cascade, tmp_path / 'out', 'int8', superres=(cascade, cascade))
     release = load_release(tmp_path / 'out')
     assert release.superres is not None and release.superres_tokenizer is not None
     assert release.superres.extra['superres_tokenizer_sha256'] == release.superres_tokenizer.hash
@@ -82,5 +82,5 @@ def test_export_joins_all_parts_and_makes_them_name_the_rounded_ones(cascade, tm
 def test_export_refuses_a_super_res_of_another_tokenizer(copy, tmp_path):
     save_part(copy, 'superres_tokenizer', config=VQ, params=random_params('tokenizer', VQ, seed=9), storage='float32')
     with pytest.raises(UserError, match=r'was trained on superres_tokenizer .* give the one it was trained on'):
-        export(copy, copy, copy, tmp_path / 'out', 'int8', superres=(copy, copy))
+        join_release(copy, copy, copy, tmp_path / 'out', 'int8', superres=(copy, copy))
     assert not (tmp_path / 'out').exists()

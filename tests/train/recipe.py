@@ -1,4 +1,4 @@
-"""The whole recipe in small, from nothing: tokenizer, precomputation, base under three seeds. Prints what it reached.
+"""The whole recipe in small, from nothing: tokenizer, precomputation, a base for each seed. Prints what it reached.
 
 Run by test_learning.py as a process of its own, where all cores work as one device.
 """
@@ -58,7 +58,7 @@ def prepare(folder):
         optim=OptimConfig(learning_rate=4e-3, b2=0.99, warmup_steps=20),
     )
     loop.run(run, folder / 'tokenizer')
-    captions = next(make_loader(SCENES, batch_size=512, seed=9, shard_index=0, shard_count=1))['caption']
+    captions = next(make_loader(SCENES, batch_size=512, seed=9))['caption']
     (folder / 'text').mkdir()
     save_toy_text_encoder(folder / 'text', list(captions), TEXT_WIDTH)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -118,11 +118,11 @@ def entropy(tok):
     return -np.sum(share[share > 0] * np.log(share[share > 0]))
 
 
-def main(folder):
+def main(folder, seeds):
     prepare(folder)
     heldout = base_run(folder, 0).eval_data
-    rows = next(make_loader(heldout, batch_size=64, seed=0, shard_index=0, shard_count=1, repeat=False))
-    for seed in (0, 1, 2):
+    rows = next(make_loader(heldout, batch_size=64, seed=0, repeat=False))
+    for seed in seeds:
         loop.run(base_run(folder, seed), folder / f'base{seed}')
         right, shuffled = score(load_part(folder / f'base{seed}' / 'export', 'base'), rows)
         numbers = {'unigram': entropy(rows['tok']), 'right': right.mean(), 'shuffled': shuffled.mean()}
@@ -131,4 +131,4 @@ def main(folder):
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]])

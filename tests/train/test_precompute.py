@@ -28,13 +28,13 @@ from muse.mesh import make_mesh
 from muse.models.transformer import Transformer
 from muse.models.vqgan import VQGAN, to_float
 from muse.release.format import graphdef_and_template, load_part, load_release, save_part
+from muse.release.join import join_release
 from muse.release.text_encoder import load_text_encoder
 from muse.text.encode import encode_prompts
 from muse.text.tokenizer import Tokenizer
 from muse.train import masked
 from muse.train.frozen import load_frozen
 from muse.train.precompute import load_nets, precompute
-from tools.export import export
 
 SOURCE = DataConfig(kind='scenes', image_size=16, max_objects=1, text_length=31)
 TOKENIZER = VQConfig(channels=4, channel_mult=(1, 1, 1), num_res_blocks=1, codebook_size=32, code_dim=4)
@@ -46,7 +46,7 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp('parts')
     params = nnx.split(VQGAN(TOKENIZER, rngs=nnx.Rngs(params=0)), nnx.Param)[1]
     save_part(folder, 'tokenizer', config=TOKENIZER, params=params, storage='float32')
-    batch = next(make_loader(SOURCE, batch_size=512, seed=0, shard_index=0, shard_count=1))
+    batch = next(make_loader(SOURCE, batch_size=512, seed=0))
     save_toy_text_encoder(folder, list(batch['caption']))
     return folder
 
@@ -76,7 +76,7 @@ def stored(nets, tmp_path_factory):
 
 def read(folder, split='train'):
     data = DataConfig(kind='precomputed', path=str(folder), split=split, image_size=16, text_length=31)
-    batches = make_loader(data, batch_size=16, seed=0, shard_index=0, shard_count=1, repeat=False)
+    batches = make_loader(data, batch_size=16, seed=0, repeat=False)
     return [{k: row for k, row in zip(b, rows, strict=True)} for b in batches for rows in zip(*b.values(), strict=True)]
 
 
@@ -85,7 +85,7 @@ def test_stored_rows_are_what_the_nets_say(nets, stored, parts):
     assert len(rows) == 44
     model = nnx.merge(nets.tokenizer.graphdef, nets.tokenizer.params)
     text = nnx.merge(nets.text_encoder.graphdef, nets.text_encoder.params)
-    loader = make_loader(SOURCE, batch_size=8, seed=5, shard_index=0, shard_count=1, encode_text=nets.encode_text)
+    loader = make_loader(SOURCE, batch_size=8, seed=5, encode_text=nets.encode_text)
     for i, batch in enumerate(itertools.islice(loader, 2)):
         tok = np.asarray(model.encode(to_float(jnp.asarray(batch['img'])))).reshape(8, -1)
         txt = np.asarray(text(jnp.asarray(batch['ids']), jnp.asarray(batch['len'])), np.float32)
@@ -129,7 +129,7 @@ def test_pictures_are_encoded_on_the_way_as_well(stored, parts):
     """Training straight from pictures sees the rows that precomputation stores."""
     run = toy_run(data=SOURCE, eval_data=SOURCE, tokenizer=str(parts), text_encoder=str(parts))
     frozen = load_frozen(run, make_mesh(MeshConfig()))
-    loader = make_loader(SOURCE, batch_size=8, seed=5, shard_index=0, shard_count=1, encode_text=frozen.text.encode)
+    loader = make_loader(SOURCE, batch_size=8, seed=5, encode_text=frozen.text.encode)
     batch = frozen.encode({k: v for k, v in next(loader).items() if k in ('img', 'ids', 'len')})
     rows = read(stored)[:8]
     np.testing.assert_array_equal(batch['tok'], np.stack([row['tok'] for row in rows]))
@@ -150,7 +150,7 @@ def test_dropped_text_of_stored_rows_is_no_text(stored):
     """Guidance needs the base to learn "no text" from precomputed rows too (§2.7): what is stored there is not read."""
     run = toy_run(loss=MaskedLossConfig(text_dropout=0.5))
     data = DataConfig(kind='precomputed', path=str(stored), image_size=16, text_length=31)
-    batch = next(make_loader(data, batch_size=16, seed=0, shard_index=0, shard_count=1))
+    batch = next(make_loader(data, batch_size=16, seed=0))
     batch = {name: jnp.asarray(batch[name]) for name in ('tok', 'txt', 'len')}
     dropped = np.asarray(masked.corrupt(run, batch, jax.random.key(0))['len']) == 0
     assert 2 < dropped.sum() < 14 and (np.asarray(batch['len']) > 0).all()
@@ -174,7 +174,7 @@ def test_a_t5_checkpoint_is_a_text_encoder(parts, tmp_path):
     assert read_meta(tmp_path / 'out').text_width == 48
     loaded = load_text_encoder(folder)
     encoder = nnx.merge(graphdef_and_template('text_encoder', loaded.part.config)[0], loaded.part.params)
-    batch = next(make_loader(SOURCE, batch_size=8, seed=5, shard_index=0, shard_count=1))
+    batch = next(make_loader(SOURCE, batch_size=8, seed=5))
     txt_BSD, len_B = encode_prompts(encoder, Tokenizer(loaded.vocabulary), list(batch['caption']), SOURCE.text_length)
     rows = read(tmp_path / 'out')
     assert [int(row['len']) for row in rows] == len_B.tolist()
@@ -299,7 +299,7 @@ def run_processes(count: int, parts, out) -> list[str]:
         )
         for rank in range(count)
     ]
-    return [process.communicate(timeout=200)[0].splitlines()[-1] for process in started]
+    return [process.communicate(timeout=600)[0].splitlines()[-1] for process in started]
 
 
 @pytest.mark.slow
@@ -317,11 +317,11 @@ def test_export_joins_the_parts(parts, tmp_path):
     base = {'config': run.model, 'params': params, 'storage': 'float32'}
     good = extra | {'text_encoder_sha256': load_part(parts, 'text_encoder').hash}
     save_part(tmp_path / 'base', 'base', **base, extra=good)
-    assert export(parts, parts, tmp_path / 'base', tmp_path / 'release', 'int8', text_dtype='bfloat16') > 0
+    assert join_release(parts, parts, tmp_path / 'base', tmp_path / 'release', 'int8', text_dtype='bfloat16') > 0
     release = load_release(tmp_path / 'release')
     assert release.decode.steps == 3
     assert release.text_encoder.config.dtype == 'bfloat16' and release.base.config.dtype == 'float32'
     save_part(tmp_path / 'other', 'base', **base, extra=good | {'tokenizer_sha256': 'f' * 64})
     with pytest.raises(UserError, match='was trained on tokenizer ffffffffffff'):
-        export(parts, parts, tmp_path / 'other', tmp_path / 'release2', 'int8')
+        join_release(parts, parts, tmp_path / 'other', tmp_path / 'release2', 'int8')
     assert not (tmp_path / 'release2').exists(), 'nothing half-written'
