@@ -6,6 +6,7 @@ programs of batch 1. On accelerators they are drawn in batches of one size, spre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 from PIL import Image
@@ -27,7 +28,9 @@ from muse.canvas import Canvas, Grid
 from muse.config import DecodeConfig
 from muse.drawing import Batch
 from muse.errors import UserError
+from muse.mesh import AXES
 from muse.models import t5
+from muse.nn.layers import cast_matrices
 from muse.release.format import Part, Release, graphdef_and_template
 from muse.settings import Row, Settings
 from muse.text.encode import PromptCache
@@ -64,7 +67,9 @@ class Cascade:
         self.release = release
         self.on_cpu = jax.default_backend() == 'cpu'
         devices = jax.local_devices()
-        self._mesh = None if self.on_cpu or len(devices) == 1 else Mesh(np.array(devices), ('data',))
+        self._mesh = None
+        if not self.on_cpu and len(devices) > 1:
+            self._mesh = Mesh(np.array(devices).reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
         self.base, self.tokenizer = self._net('base', release.base), self._net('tokenizer', release.tokenizer)
         self.superres = self._net('superres', release.superres) if release.superres else None
         self.superres_tokenizer = (
@@ -75,15 +80,17 @@ class Cascade:
 
     def _net(self, name: str, part: Part) -> Net:
         """The structure need not be the one that was trained: on a CPU it computes in float32 (bf16 is slow there), and
-        an attention kernel of another backend gives way to 'xla'."""
-        native, config = {'gpu': 'cudnn', 'tpu': 'splash'}.get(jax.default_backend()), part.config
+        attention is this machine's. Weights are held in the type that they are applied in."""
+        config, params = part.config, part.params
         if self.on_cpu:
             config = dataclasses.replace(config, dtype='float32')
-        if getattr(config, 'attention', native) != native:
-            config = dataclasses.replace(config, attention='xla')
         if name == 'text_encoder':
             config = t5.native(config)
-        params = part.params if self._mesh is None else jax.device_put(part.params, NamedSharding(self._mesh, P()))
+        elif name in ('base', 'superres'):
+            config = dataclasses.replace(config, attention='auto')
+            params = cast_matrices(params, config.dtype)
+        if self._mesh is not None:
+            params = jax.device_put(params, NamedSharding(self._mesh, P()))
         return Net(graphdef_and_template(name, config)[0], params)
 
     def texts(self, texts: Sequence[str]) -> Texts:
@@ -108,10 +115,15 @@ class Cascade:
                 if start % ahead == 0:
                     texts = self.texts(_texts_of(rows[start : start + ahead], settings))
                 here = [min(row, len(rows) - 1) for row in range(start, start + size)]
-                some = self._draw([rows[i] for i in here], [known[i] for i in here], texts, settings, canvas)
+                with self._devices():
+                    some = self._draw([rows[i] for i in here], [known[i] for i in here], texts, settings, canvas)
                 yield from some[: len(rows) - start]
 
         return drawn()
+
+    def _devices(self) -> contextlib.AbstractContextManager[object]:
+        """The mesh for the programs within, by which attention kernels know what a device has of a batch."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _draw(
         self,
@@ -121,30 +133,60 @@ class Cascade:
         settings: Settings,
         canvas: Canvas,
     ) -> list[Drawn]:
-        low_BT = np.stack([low_T for low_T, _ in known])
-        low_KBT = self._fill(low_BT, None, self._batch(rows, texts, settings, settings), settings, canvas.low)
+        low_BT, batch = np.stack([low_T for low_T, _ in known]), self._batch(rows, texts, settings, settings)
         if settings.superres is None or canvas.high is None:
-            pictures = self.pixels(low_KBT[-1].reshape(-1, *canvas.low))
+            low_KBT, pictures = self._paint_base(low_BT, batch, settings, canvas.low)
             return [
                 Drawn(image, low[-1], None, low, None)
                 for image, low in zip(pictures, _grids(low_KBT, canvas.low), strict=True)
             ]
         high_BT = np.stack([high_T for _, high_T in known if high_T is not None])
-        batch = self._batch(rows, texts, settings, settings.superres)
-        high_KBT = self._fill(high_BT, low_KBT[-1], batch, settings.superres, canvas.high)
-        pictures = self.pixels(high_KBT[-1].reshape(-1, *canvas.high), high=True)
+        high_batch = self._batch(rows, texts, settings, settings.superres)
+        if self.on_cpu or _complete(low_BT) or _complete(high_BT):
+            low_KBT = self._fill(low_BT, None, batch, settings, canvas.low)
+            high_KBT = self._fill(high_BT, low_KBT[-1], high_batch, settings.superres, canvas.high)
+            pictures = self.pixels(high_KBT[-1].reshape(-1, *canvas.high), high=True)
+        else:
+            assert self.superres is not None
+            graphs, params = zip(self.base, self.superres, self._tokenizer_of(True), strict=True)
+            low_KBT, high_KBT, img_BHWC = drawing.paint_cascade(
+                params,
+                (*self._canvas(low_BT), batch),
+                (*self._canvas(high_BT), high_batch),
+                graphs=graphs,
+                grids=(canvas.low, canvas.high),
+                programs=(drawing.program_of(settings), drawing.program_of(settings.superres)),
+            )
+            low_KBT, high_KBT, pictures = np.asarray(low_KBT), np.asarray(high_KBT), _images(img_BHWC)
         steps = zip(pictures, _grids(low_KBT, canvas.low), _grids(high_KBT, canvas.high), strict=True)
         return [Drawn(image, low[-1], high[-1], low, high) for image, low, high in steps]
+
+    def _paint_base(
+        self, tok_BT: np.ndarray, batch: Batch, config: DecodeConfig, grid: Grid
+    ) -> tuple[np.ndarray, list[Image.Image]]:
+        """Tokens after each step and the pictures. In one program on accelerators, which then never wait for the host;
+        on a CPU the decoder is a program that edits share."""
+        if self.on_cpu or _complete(tok_BT):
+            tok_KBT = self._fill(tok_BT, None, batch, config, grid)
+            return tok_KBT, self.pixels(tok_KBT[-1].reshape(-1, *grid))
+        graphs, params = zip(self.base, self.tokenizer, strict=True)
+        program = drawing.program_of(config)
+        tok_KBT, img_BHWC = drawing.paint_base(
+            params, *self._canvas(tok_BT), batch, graphs=graphs, grid=grid, program=program
+        )
+        return np.asarray(tok_KBT), _images(img_BHWC)
+
+    def _canvas(self, tok_BT: np.ndarray) -> Any:
+        """What is to be filled, and what of it is known."""
+        return self._spread((np.where(tok_BT != UNKNOWN, tok_BT, 0), tok_BT != UNKNOWN))
 
     def _fill(
         self, tok_BT: np.ndarray, low_BT: np.ndarray | None, batch: Batch, config: DecodeConfig, grid: Grid
     ) -> np.ndarray:
         """Tokens after each step, `[K, B, T]`; those of the super-res where `low_BT` is given."""
-        keep_BT = tok_BT != UNKNOWN
-        if keep_BT.all():
+        if _complete(tok_BT):
             return tok_BT[None]
-        program = drawing.program_of(config)
-        tokens = self._spread((np.where(keep_BT, tok_BT, 0), keep_BT))
+        program, tokens = drawing.program_of(config), self._canvas(tok_BT)
         if low_BT is None:
             graph, params = self.base
             return np.asarray(drawing.fill_base(params, *tokens, batch, graph=graph, grid=grid, program=program))
@@ -161,23 +203,24 @@ class Cascade:
         """Mask-free editing of one picture's low-res tokens: the grid after each iteration, `[K, rows, columns]`."""
         batch = self._batch([row], self.texts(_texts_of([row], settings)), settings, config)
         graph, params = self.base
-        tok_KBT = drawing.resample_base(
-            params,
-            tok_hw.reshape(1, -1),
-            keep_hw.reshape(1, -1),
-            batch,
-            np.float32(share),  # pyright: ignore[reportArgumentType]
-            graph=graph,
-            grid=tok_hw.shape,
-            program=drawing.program_of(config),
-        )
+        with self._devices():
+            tok_KBT = drawing.resample_base(
+                params,
+                tok_hw.reshape(1, -1),
+                keep_hw.reshape(1, -1),
+                batch,
+                np.float32(share),  # pyright: ignore[reportArgumentType]
+                graph=graph,
+                grid=tok_hw.shape,
+                program=drawing.program_of(config),
+            )
         return _grids(np.asarray(tok_KBT), tok_hw.shape)[0]
 
     def pixels(self, ids_Bhw: np.ndarray, *, high: bool = False) -> list[Image.Image]:
         """The pictures of token ids, of the base's tokenizer or the super-res'."""
         graph, params = self._tokenizer_of(high)
         img_BHWC = drawing.decode_pixels(params, self._spread(ids_Bhw), graph=graph)
-        return [Image.fromarray(img_HWC) for img_HWC in np.asarray(img_BHWC)]
+        return _images(img_BHWC)
 
     def tokens(self, img_HWC: np.ndarray, *, high: bool = False) -> np.ndarray:
         """Token ids `[rows, columns]` of uint8 pixels."""
@@ -197,7 +240,8 @@ class Cascade:
         conditions = [texts[row.prompt] for row in rows]
         negatives = [texts[_or(row.negative_prompt, shared.negative_prompt)] for row in rows]
         branches = [conditions, negatives] if any(guidance_B) else [conditions]
-        txt_GBSD = jnp.stack([jnp.stack([txt_SD for txt_SD, _ in branch]) for branch in branches])
+        with_text = branches if any(length for _, length in negatives) else [conditions]  # see `drawing.Batch`
+        txt_GBSD = jnp.stack([jnp.stack([txt_SD for txt_SD, _ in branch]) for branch in with_text[: len(branches)]])
         return drawing.batch_of(
             config,
             self._spread(txt_GBSD, axis=1),
@@ -225,6 +269,14 @@ def veiled(image: Image.Image, unknown_hw: np.ndarray) -> Image.Image:
     """The picture with grey over its unknown cells."""
     veil = Image.fromarray(unknown_hw.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(Image.new('RGB', image.size, (128, 128, 128)), image, veil)
+
+
+def _complete(tok_BT: np.ndarray) -> bool:
+    return bool((tok_BT != UNKNOWN).all())
+
+
+def _images(img_BHWC: Array) -> list[Image.Image]:
+    return [Image.fromarray(img_HWC) for img_HWC in np.asarray(img_BHWC)]
 
 
 def _or(value: Any, default: Any) -> Any:

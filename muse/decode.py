@@ -313,7 +313,8 @@ def _scan(
         step_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, index)
         token_keys_B, choice_keys_B = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 2))(step_keys_B), 1, 0)
         logits_BTV = logits_fn(jnp.where(masked_BT, mask_id, tok_BT), rest[0])
-        drawn_BT, confidence_BT = sample_tokens(token_keys_B, logits_BTV, temperature_B, top_k=top_k, top_p=top_p)
+        with jax.named_scope('draw'):
+            drawn_BT, confidence_BT = sample_tokens(token_keys_B, logits_BTV, temperature_B, top_k=top_k, top_p=top_p)
         tok_BT = jnp.where(masked_BT, drawn_BT, tok_BT)
         masked_BT = choose(choice_keys_B, confidence_BT, masked_BT, rest)
         return (tok_BT, masked_BT), (tok_BT, masked_BT)

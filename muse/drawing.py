@@ -1,8 +1,10 @@
 """The compiled programs of sampling and editing: text states and known tokens → tokens → pixels (§2.4, §2.7, §2.8).
 
+Each step is a program of its own for edits, and on a CPU; `paint_base` and `paint_cascade` are all steps in one.
+
 What changes from call to call (prompts, seeds, scales, temperatures, which tokens are known) is data of a program.
-It is compiled anew for another shape (batch, steps, size) and for what a run does differently: guided or not, an order
-of filling, a schedule, top-k or top-p at all. `traces` counts.
+It is compiled anew for another shape (batch, steps, size) and for what a run does differently: guided or not, against
+a negative prompt or none, an order of filling, a schedule, top-k or top-p at all. `traces` counts.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +26,18 @@ from muse.decode import LogitsFn, decode_steps, halton_order, random_order, resa
 from muse.guidance import cfg_weights, guided_logits, scale_at
 from muse.models.superres import Superres
 from muse.models.vqgan import to_float, to_uint8
+from muse.nn.layers import cast_matrices, unstack
 
 traces: Counter[str] = Counter()  # how often JAX has traced each program: other prompts and knobs must not add to it
 
 
 class Batch(NamedTuple):
-    """What a program reads besides tokens. G is 2 with guidance: (conditional, negative or none), and 1 without."""
+    """What a program reads besides tokens. G is 2 with guidance: (conditional, negative or none), and 1 without.
 
-    txt_GBSD: Float[Array, 'G B S D']
+    Where no row has a negative prompt the second branch has no states, and costs the base no cross-attention.
+    """
+
+    txt_GBSD: Float[Array, 'G B S D'] | Float[Array, '1 B S D']
     len_GB: Int[Array, 'G B']
     seed_B: Integer[Array, ' B']
     index_B: Int[Array, ' B']  # of the picture: its noise is made of seed, index and step
@@ -121,7 +127,7 @@ def fill_superres(
     traces['fill_superres'] += 1
     # Its noise is not the base's: the two draw different things from the same seed.
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys(batch.seed_B, batch.index_B), _SUPERRES)
-    branches = _superres_branches(nnx.merge(graph, params), low_BT, batch, grid)
+    branches = _superres_branches(_merged(graph, params), low_BT, batch, grid)
     return _fill(branches, canvas_BT, keep_BT, keys_B, batch, grid, program)
 
 
@@ -169,13 +175,58 @@ def decode_pixels(params: nnx.State, ids_Bhw: Array, *, graph: nnx.GraphDef) -> 
     return to_uint8(nnx.merge(graph, params).decode(ids_Bhw))
 
 
-Branches = Callable[[Int[Array, 'GB T'], Int[Array, ' GB']], Float[Array, 'GB T V']]  # tokens, text lengths → logits
+@partial(jax.jit, static_argnames=('graphs', 'grid', 'program'))
+def paint_base(
+    params: tuple[nnx.State, nnx.State],
+    canvas_BT: Int[Array, 'B T'],
+    keep_BT: Bool[Array, 'B T'],
+    batch: Batch,
+    *,
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef],
+    grid: Grid,
+    program: Program,
+) -> tuple[Int[Array, 'K B T'], UInt8[Array, 'B H W 3']]:
+    """Text states to pixels in one program: `fill_base`, then `decode_pixels`, of the base and its tokenizer."""
+    tok_KBT = fill_base(params[0], canvas_BT, keep_BT, batch, graph=graphs[0], grid=grid, program=program)
+    return tok_KBT, decode_pixels(params[1], tok_KBT[-1].reshape(-1, *grid), graph=graphs[1])
+
+
+@partial(jax.jit, static_argnames=('graphs', 'grids', 'programs'))
+def paint_cascade(
+    params: tuple[nnx.State, nnx.State, nnx.State],
+    low: tuple[Int[Array, 'B T2'], Bool[Array, 'B T2'], Batch],
+    high: tuple[Int[Array, 'B T'], Bool[Array, 'B T'], Batch],
+    *,
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef, nnx.GraphDef],
+    grids: tuple[Grid, Grid],
+    programs: tuple[Program, Program],
+) -> tuple[Int[Array, 'K2 B T2'], Int[Array, 'K B T'], UInt8[Array, 'B H W 3']]:
+    """Text states to large pictures in one program, of the base, the super-res and its tokenizer.
+
+    `low` and `high` are what each level is to fill: canvas, known tokens, and what its program reads.
+    """
+    low_KBT = fill_base(params[0], *low, graph=graphs[0], grid=grids[0], program=programs[0])
+    high_KBT = fill_superres(params[1], low_KBT[-1], *high, graph=graphs[1], grid=grids[1], program=programs[1])
+    return low_KBT, high_KBT, decode_pixels(params[2], high_KBT[-1].reshape(-1, *grids[1]), graph=graphs[2])
+
+
+Branches = Callable[[Int[Array, 'BG T'], Int[Array, ' BG']], Float[Array, 'BG T V']]  # tokens, text lengths → logits
 
 
 def _base_branches(params: nnx.State, graph: nnx.GraphDef, grid: Grid, batch: Batch) -> Branches:
-    base = nnx.merge(graph, params)
+    base = _merged(graph, params)
     memory = base.memory(_rows(batch.txt_GBSD))
-    return lambda tok_RT, len_R: base.logits(tok_RT, memory, len_R, grid)
+    without_states = len(batch.len_GB) // len(batch.txt_GBSD)
+    return lambda tok_RT, len_R: base.logits(tok_RT, memory, len_R[::without_states], grid)
+
+
+def _merged(graph: nnx.GraphDef, params: nnx.State) -> Any:
+    """The model, its weights cast, and taken from the stack where layers are unrolled, once and not in each step."""
+    config = nnx.merge(graph, params).config
+    model = nnx.merge(graph, cast_matrices(params, config.dtype))
+    if config.unroll >= config.layers:
+        model.blocks = unstack(model.blocks, config.layers)
+    return model
 
 
 def _superres_branches(superres: Superres, low_BT: Int[Array, 'B T'], batch: Batch, grid: Grid) -> Branches:
@@ -184,8 +235,9 @@ def _superres_branches(superres: Superres, low_BT: Int[Array, 'B T'], batch: Bat
     Each window is seen at the positions that were trained. Where windows overlap their logits are averaged, with a
     weight that falls towards a window's rim, so that no seam is left; all of them are drawn from in one decode.
     """
-    low_RT = jnp.tile(low_BT, (batch.len_GB.shape[0], 1))
-    txt_RSD = _rows(batch.txt_GBSD)
+    branches = len(batch.len_GB)
+    low_RT = jnp.repeat(low_BT, branches, axis=0)
+    txt_RSD = _rows(jnp.tile(batch.txt_GBSD, (branches // len(batch.txt_GBSD), 1, 1, 1)))
     config, (rows, columns) = superres.config, superres.low_grid(grid)
     tiles = windows((rows, columns), config.low_grid, (grid[0] // rows, grid[1] // columns))
     if len(tiles.low_Wt) == 1:
@@ -206,7 +258,9 @@ def _superres_branches(superres: Superres, low_BT: Int[Array, 'B T'], batch: Bat
 
 
 def _rows(x_GB: Array) -> Array:
-    return x_GB.reshape(-1, *x_GB.shape[2:])
+    """The branches of a row side by side, so that rows stay where they are on a mesh that splits them."""
+    x_BG = jnp.swapaxes(x_GB, 0, 1)
+    return x_BG.reshape(-1, *x_BG.shape[2:])
 
 
 def _guided(branch_logits: Branches, batch: Batch, program: Program) -> LogitsFn:
@@ -214,11 +268,12 @@ def _guided(branch_logits: Branches, batch: Batch, program: Program) -> LogitsFn
     branches, rows = batch.len_GB.shape
 
     def logits_fn(tok_BT, progress):
-        logits_RTV = branch_logits(jnp.tile(tok_BT, (branches, 1)), batch.len_GB.reshape(-1))
+        logits_RTV = branch_logits(jnp.repeat(tok_BT, branches, axis=0), _rows(batch.len_GB))
         if branches == 1:
             return logits_RTV
         scale_B = scale_at(batch.guidance_B, progress, program.guidance_schedule, batch.interval)  # pyright: ignore[reportArgumentType]
-        return guided_logits(logits_RTV.reshape(branches, rows, *logits_RTV.shape[1:]), cfg_weights(scale_B))
+        logits_GBTV = jnp.swapaxes(logits_RTV.reshape(rows, branches, *logits_RTV.shape[1:]), 0, 1)
+        return guided_logits(logits_GBTV, cfg_weights(scale_B))
 
     return logits_fn
 
@@ -263,6 +318,4 @@ def sheet_batch(config: DecodeConfig, txt_BSD: Array, len_B: Array, seed: Array)
     """A guided batch for the sheets that training draws: no negative prompts, one seed, pictures by their row."""
     rows = len(len_B)
     none_B = jnp.zeros_like(len_B)
-    return batch_of(
-        config, jnp.stack([txt_BSD, txt_BSD]), jnp.stack([len_B, none_B]), jnp.broadcast_to(seed, rows), np.arange(rows)
-    )
+    return batch_of(config, txt_BSD[None], jnp.stack([len_B, none_B]), jnp.broadcast_to(seed, rows), np.arange(rows))

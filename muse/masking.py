@@ -5,9 +5,10 @@ Row i of a batch draws from `fold_in(key, i)`, so that a row's mask is the same 
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
@@ -68,12 +69,42 @@ def masked_ce(
         mask_BT: True where the model had to guess.
         label_smoothing: share of the target spread evenly over the codebook.
     """
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tok_BT)
+    with jax.named_scope('loss'):
+        return _masked_mean(smoothed_ce(logits_BTV, tok_BT, label_smoothing), mask_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def smoothed_ce(
+    logits_BTV: Float[Array, 'B T V'], tok_BT: Int[Array, 'B T'], label_smoothing: float
+) -> Float[Array, 'B T']:
+    """Cross-entropy of each token in nats, float32; the target is the id with `label_smoothing` spread over all.
+
+    Its backward pass writes the logits' gradient once, in their own type; derived by JAX it holds several arrays of
+    their size in float32 and scatters into one of them.
+    """
+    return _smoothed_ce_forward(logits_BTV, tok_BT, label_smoothing)[0]
+
+
+def _smoothed_ce_forward(logits_BTV, tok_BT, label_smoothing):
+    logits32_BTV = logits_BTV.astype(jnp.float32)
+    norm_BT = jax.nn.logsumexp(logits32_BTV, axis=-1)
+    true_BT = jnp.take_along_axis(logits_BTV, tok_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    nats_BT = norm_BT - (1 - label_smoothing) * true_BT
     if label_smoothing:
-        uniform_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - jnp.mean(logits_BTV, axis=-1)
-        nats_BT = (1 - label_smoothing) * nats_BT + label_smoothing * uniform_BT
-    return _masked_mean(nats_BT, mask_BT)
+        nats_BT = nats_BT - label_smoothing * jnp.mean(logits32_BTV, axis=-1)
+    return nats_BT, (logits_BTV, tok_BT, norm_BT)
+
+
+def _smoothed_ce_backward(label_smoothing, residuals, grad_BT):
+    logits_BTV, tok_BT, norm_BT = residuals
+    codes = logits_BTV.shape[-1]
+    share_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - norm_BT[..., None])
+    true_BTV = tok_BT[..., None] == jnp.arange(codes, dtype=tok_BT.dtype)
+    target_BTV = jnp.where(true_BTV, 1 - label_smoothing, 0) + label_smoothing / codes
+    return (grad_BT[..., None] * (share_BTV - target_BTV)).astype(logits_BTV.dtype), None
+
+
+smoothed_ce.defvjp(_smoothed_ce_forward, _smoothed_ce_backward)
 
 
 def masked_accuracy(

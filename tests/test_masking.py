@@ -56,6 +56,21 @@ def test_loss_is_the_mean_over_masked_tokens_of_each_example():
     np.testing.assert_array_equal(masked_ce(changed, *args[1:]), masked_ce(*args))
 
 
+def test_the_losss_gradient_is_that_of_the_formula():
+    """Also in bfloat16, where it is written once, and for tokens that are not masked, where it is 0."""
+    rng = np.random.default_rng(1)
+    logits, tok = rng.normal(size=(2, 6, 11)) * 3, rng.integers(0, 11, (2, 6))
+    mask = np.array([[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0]], bool)
+    target = 0.9 * np.eye(11)[tok] + 0.1 / 11
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = (share - target) * (mask / mask.sum(1, keepdims=True))[..., None]
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)):
+        given = jnp.asarray(logits, dtype)
+        found = jax.grad(lambda x: masked_ce(x, jnp.array(tok), jnp.array(mask), 0.1).sum())(given)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=tolerance)
+
+
 def test_ten_percent_of_texts_are_dropped_and_ninety_kept():
     lengths = jnp.full(20_000, 7)
     kept = np.asarray(drop_text(jax.random.key(0), lengths, 0.1))

@@ -103,12 +103,15 @@ def test_nothing_is_compiled_twice(release_folder):
     before = traces['fill_base']
     model.generate(['a cat', 'a dog'], seed=1, steps=5)
     assert traces['fill_base'] == before + 1
-    other = {'seed': 2, 'guidance_scale': 4.0, 'temperature': 0.5, 'negative_prompt': 'moon'}
+    other = {'seed': 2, 'guidance_scale': 4.0, 'temperature': 0.5}
     model.generate(['the sun', 'two', 'three'], steps=5, **other)
     muse.load(release_folder).generate('a cat', steps=5)
     assert traces['fill_base'] == before + 1
     model.generate('a cat', steps=5, guidance_scale=0.0)
     assert traces['fill_base'] == before + 2
+    for negative in ('moon', 'two dogs'):
+        model.generate(['the sun', 'two'], steps=5, negative_prompt=negative, **other)
+    assert traces['fill_base'] == before + 3
 
 
 def test_pictures_are_streamed(tiny_model, pictures):

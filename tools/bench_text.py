@@ -13,11 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +25,8 @@ from flax import nnx
 from muse.config import Dtype, T5Config
 from muse.models.t5 import T5Encoder
 from muse.train.flops import peak_flops, t5_flops
+from tools.peers.run import run_peer
+from tools.random_weights import random_weights
 from tools.timing import compiled_memory, peak_memory_gib, share_of_peak, timed
 
 SIZES = {
@@ -67,32 +64,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--peer_seconds', type=float, default=150.0, help='time limit of all peer modes together')
 
 
-def random_params(config: T5Config, dtype: Any) -> nnx.State:
-    """Random weights of unit gain made on the device, layer by layer, so that little else is needed."""
-    template = nnx.state(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(params=0))), nnx.Param)
-
-    def fill(number: int, variable: nnx.Variable) -> nnx.Variable:
-        shape, axes = variable.shape, variable.get_metadata()['axes']
-        if axes[-1] == 'norm':
-            return variable.replace(jnp.ones(shape, dtype))
-        gain = 1.0 if axes[0] == 'vocab' else shape[-2] ** -0.5
-
-        @jax.jit
-        def draw(key):
-            if axes[0] != 'layers':
-                return (jax.random.normal(key, shape, dtype) * gain).astype(dtype)
-            keys = jax.random.split(key, shape[0])
-            return jax.lax.map(lambda key: (jax.random.normal(key, shape[1:], dtype) * gain).astype(dtype), keys)
-
-        return variable.replace(draw(jax.random.key(number, impl='rbg')))
-
-    flat = nnx.to_flat_state(template)
-    return nnx.from_flat_state((path, fill(i, variable)) for i, (path, variable) in enumerate(flat))
-
-
 def _ours(config: T5Config, params: nnx.State, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     what = {'attention': config.attention, 'unroll': config.unroll, 'options': options}
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(params=0))), nnx.Param)
+    graphdef = nnx.split(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
     ids_BS = jax.random.randint(jax.random.key(0), (args.batch, args.length), 2, min(config.vocab_size, 32000))
     len_B = jnp.full((args.batch,), args.length, jnp.int32)
     encode = jax.jit(lambda params, ids, lengths: nnx.merge(graphdef, params)(ids, lengths))
@@ -118,7 +92,7 @@ def _value(text: str) -> bool | str:
 
 
 def _peer(config: T5Config, mode: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
-    """One mode of PyTorch's encoder in a process of its own, ended with its compile workers when time is up."""
+    """One mode of PyTorch's encoder."""
     setting = {
         'config': dataclasses.asdict(config),
         'batch': args.batch,
@@ -126,22 +100,9 @@ def _peer(config: T5Config, mode: str, seconds: float, args: argparse.Namespace)
         'repeats': args.repeats,
         'mode': mode,
     }
-    process = subprocess.Popen(
-        [sys.executable, str(PEER), json.dumps(setting)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, problems = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {'mode': mode, 'failed': f'not done within the {seconds:.0f} s that were left of --peer_seconds'}
-    if process.returncode:
-        return {'mode': mode, 'failed': (problems.strip().splitlines() or ['no message'])[-1][:300]}
-    found = json.loads(out.strip().splitlines()[-1])
+    found = run_peer(PEER, setting, seconds)
+    if 'failed' in found:
+        return {'mode': mode, **found}
     per_second = t5_flops(config, args.batch, args.length) / found['ms'] * 1e3
     peak = peak_flops(found['torch_device'])
     share = {
@@ -155,7 +116,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Ours with each attention backend and unrolling, then the peer in each mode."""
     config = dataclasses.replace(SIZES[args.size], dtype=args.dtype)
     what = {'size': args.size, 'batch': args.batch, 'length': args.length, 'dtype': args.dtype}
-    params = random_params(config, jnp.dtype(args.dtype))
+    params = random_weights(lambda: T5Encoder(config, rngs=nnx.Rngs(params=0)), jnp.dtype(args.dtype))[1]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     what['weights_gib'] = round(weights / 2**30, 3)
     chosen = {name: _value(text) for name, _, text in (option.partition('=') for option in args.option)}

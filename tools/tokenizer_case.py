@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,8 +27,9 @@ from muse.config import read_run, to_dict
 from muse.models import vqgan
 from muse.train import tokenizer
 
-# Named scopes of the model and of its training, by which a profile is summed.
+# Named scopes of the models and of their training, by which a profile is summed.
 PARTS = ('encoder', 'search', 'decoder', 'norm', 'perceptual', 'critic', 'optimizer', 'revival')
+PARTS += ('embed', 'self', 'cross', 'mlp', 'head', 'loss', 'draw')
 TINY = {'channels': 8, 'channel_mult': (1, 1, 2), 'num_res_blocks': 1, 'codebook_size': 64, 'code_dim': 8}
 
 
@@ -129,17 +130,27 @@ def summed(spent: Mapping[str, float], text: str, top: int) -> list[dict[str, An
 
 def profiled(step: Any, state: Any, batch: Any, key: Any, top: int) -> list[dict[str, Any]]:
     """What two steps spend their time on: milliseconds a step, share, and where in the model it comes from."""
+
+    def steps() -> Any:
+        nonlocal state
+        for _ in range(2):
+            state, metrics = step(state, batch, key)
+        return metrics
+
+    return profiled_calls(steps, 2, str(step.as_text()), top)
+
+
+def profiled_calls(run: Callable[[], Any], calls: int, text: str, top: int) -> list[dict[str, Any]]:
+    """As `profiled`, of the `calls` calls that `run` makes of the compiled program `text`."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(2):
-                state, metrics = step(state, batch, key)
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(run())
         (path,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
         data = jax.profiler.ProfileData.from_file(path)
         spent: collections.defaultdict[str, float] = collections.defaultdict(float)
         for name, duration_ns in _events(list(data.planes)):
-            spent[name] += duration_ns / 2e6
-    return summed(spent, str(step.as_text()), top)
+            spent[name] += duration_ns / 1e6 / calls
+    return summed(spent, text, top)
 
 
 def _filled(abstract: Any) -> Any:

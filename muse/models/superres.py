@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -80,7 +81,7 @@ class Superres(nnx.Module):
         txt_BSD: Float[Array, 'B S D'],
         grid: Grid | None = None,
     ) -> Memory:
-        """Cross-attention keys and values of every layer, `[L, B, 1+T+S, N, H]` each: null, low-res, text.
+        """Cross-attention keys and values of every layer: of null, low-res, text, in this order.
 
         They depend on the low-res tokens and the text alone: sampling computes them once and hands them to `logits`.
 
@@ -149,7 +150,8 @@ class Superres(nnx.Module):
         positions_1TD = to_blocks(self.positions(grid).astype(config.dtype)[None], grid, config.block)
         x_BTD = self.tokens(to_blocks(tok_BT, grid, config.block), config.dtype) + positions_1TD
         x_BTD = scan_layers(self.blocks, apply, x_BTD, per_layer=per_layer, remat=config.remat, unroll=config.unroll)
-        return self.head(self.final_norm(from_blocks(x_BTD, grid, config.block)))
+        with jax.named_scope('head'):
+            return self.head(self.final_norm(from_blocks(x_BTD, grid, config.block)))
 
 
 def low_grid(config: SuperresConfig, grid: Grid) -> Grid:

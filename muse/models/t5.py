@@ -52,7 +52,7 @@ class TokenEmbedder(nnx.Module):
     def __call__(self, ids_or_weights: Array, dtype: str) -> Float[Array, 'B S D']:
         table_VD = self.embedding[...]
         if jnp.issubdtype(ids_or_weights.dtype, jnp.integer):
-            return take_rows(table_VD, ids_or_weights).astype(dtype)
+            return take_rows(table_VD, ids_or_weights, dtype)
         return ids_or_weights.astype(dtype) @ table_VD[: ids_or_weights.shape[-1]].astype(dtype)
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from muse.config import SuperresConfig, TransformerConfig
 from muse.nn.attention import CrossAttention, KeysValues, MultiAxisAttention, SelfAttention
-from muse.nn.layers import MLP, Embed, Linear, RMSNorm, param, scan_layers, stack
+from muse.nn.layers import MLP, Embed, Linear, RMSNorm, cast_matrices, param, scan_layers, stack
 
-Memory = tuple[Float[Array, 'L B S1 N H'], Float[Array, 'L B S1 N H']]  # KeysValues of every layer
+Memory = KeysValues | list[KeysValues]  # of every layer: each array has a leading axis of layers, or a list of layers
 
 
 class Block(nnx.Module):
@@ -42,11 +43,25 @@ class Block(nnx.Module):
         self.mlp = MLP(width, config.mlp_dim, rngs=rngs, out_scale=out_scale)
 
     def __call__(
-        self, x_BTD: Float[Array, 'B T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']
-    ) -> Float[Array, 'B T D']:
-        x_BTD = x_BTD + self.self_attention(self.self_norm(x_BTD))
-        x_BTD = x_BTD + self.cross_attention(self.cross_norm(x_BTD), keys_values, lengths_B)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        self, x_RTD: Float[Array, 'R T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']
+    ) -> Float[Array, 'R T D']:
+        with jax.named_scope('self'):
+            x_RTD = x_RTD + self.self_attention(self.self_norm(x_RTD))
+        with jax.named_scope('cross'):
+            x_RTD = x_RTD + self._read(x_RTD, keys_values, lengths_B)
+        with jax.named_scope('mlp'):
+            return x_RTD + self.mlp(self.mlp_norm(x_RTD))
+
+    def _read(self, x_RTD: Float[Array, 'R T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']) -> Array:
+        """Cross-attention. Where R = n · B, the first of each n rows reads a memory and the others read nothing."""
+        rows, (_, tokens, width) = lengths_B.shape[0], x_RTD.shape
+        if x_RTD.shape[0] == rows:
+            return self.cross_attention(self.cross_norm(x_RTD), keys_values, lengths_B)
+        x_BnTD = x_RTD.reshape(rows, -1, tokens, width)
+        read_BTD = self.cross_attention(self.cross_norm(x_BnTD[:, 0]), keys_values, lengths_B)
+        others = (rows, x_BnTD.shape[1] - 1, tokens, width)
+        nothing_BnTD = jnp.broadcast_to(keys_values.nothing_D, others)
+        return jnp.concatenate([read_BTD[:, None], nothing_BnTD], axis=1).reshape(x_RTD.shape)
 
 
 class GridPositions(nnx.Module):
@@ -72,9 +87,12 @@ class GridPositions(nnx.Module):
         return (rows_RD[:, None] + columns_CD[None]).reshape(grid[0] * grid[1], -1)
 
 
-def keys_values_of(blocks: Block, memory_BSD: Float[Array, 'B S D']) -> Memory:
-    """Cross-attention keys and values of every layer of a stack of `Block`s, `[L, B, 1+S, N, H]` each."""
+def keys_values_of(blocks: Block | nnx.List[Block], memory_BSD: Float[Array, 'B S D']) -> Memory:
+    """Cross-attention keys and values of every layer of a stack of `Block`s."""
+    if isinstance(blocks, nnx.List):
+        return [block.cross_attention.keys_values(memory_BSD) for block in blocks]
     graphdef, params = nnx.split(blocks, nnx.Param)
+    params = cast_matrices(params, memory_BSD.dtype)
     return jax.lax.map(lambda p: nnx.merge(graphdef, p).cross_attention.keys_values(memory_BSD), params)
 
 
@@ -96,7 +114,7 @@ class Transformer(nnx.Module):
         return self.config.codebook_size
 
     def memory(self, txt_BSD: Float[Array, 'B S D']) -> Memory:
-        """Cross-attention keys and values of every layer, `[L, B, 1+S, N, H]` each.
+        """Cross-attention keys and values of every layer, the arrays of `KeysValues` with layers in front.
 
         They depend on the text alone: sampling computes them once a prompt and hands them to `logits`.
         """
@@ -104,17 +122,18 @@ class Transformer(nnx.Module):
 
     def logits(
         self,
-        tok_BT: Int[Array, 'B T'] | Float[Array, 'B T W'],
+        tok_BT: Int[Array, 'R T'] | Float[Array, 'R T W'],
         memory: Memory,
         len_B: Int[Array, ' B'],
         grid: tuple[int, int] | None = None,
-    ) -> Float[Array, 'B T V']:
+    ) -> Float[Array, 'R T V']:
         """Logits over the codebook (never over [MASK]), in the compute dtype.
 
         Args:
             tok_BT: ids in 0..V, V is [MASK]; or weights over the first V or V+1 ids.
             memory: what `memory` returned for the batch's text.
-            len_B: real text tokens of each row; 0 is no text.
+            len_B: real text tokens of each row; 0 is no text. With n times as many rows in `tok_BT`, the first of each
+                n rows reads the text and the others have none, which costs them no attention (guidance, §2.7).
             grid: token rows and columns; the trained grid when None.
         """
         return self._run(tok_BT, lambda block, x_BTD, keys_values: block(x_BTD, keys_values, len_B), memory, grid)
@@ -142,4 +161,5 @@ class Transformer(nnx.Module):
         config = self.config
         x_BTD = self.tokens(tok_BT, config.dtype) + self.positions(grid or config.grid).astype(config.dtype)
         x_BTD = scan_layers(self.blocks, apply, x_BTD, per_layer=per_layer, remat=config.remat, unroll=config.unroll)
-        return self.head(self.final_norm(x_BTD))
+        with jax.named_scope('head'):
+            return self.head(self.final_norm(x_BTD))

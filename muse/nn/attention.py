@@ -8,7 +8,7 @@ ever a softmax over nothing (docs/design.md, "The null condition").
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from muse.errors import UserError
 from muse.nn.layers import ROWS, Linear, RMSNorm, mesh_split, param, platform
 
-Backend = Literal['xla', 'cudnn', 'splash']
+Backend = Literal['auto', 'xla', 'cudnn', 'splash']
 _SPLASH_BLOCK = 128
+_CUDNN_HEAD = 128  # the widest head its kernels take on every chip
 _CUDNN_BIAS = 8  # queries and keys come in multiples of this where there is a bias
 
 
@@ -32,7 +33,7 @@ def attention(
     lengths_B: Int[Array, ' B'] | None = None,
     bias_1NTS: Float[Array, '1 N T S'] | None = None,
     scale: float,
-    backend: Backend = 'xla',
+    backend: Backend = 'auto',
 ) -> Float[Array, 'B T N H']:
     """Softmax attention over a prefix of the keys.
 
@@ -41,8 +42,11 @@ def attention(
         lengths_B: how many keys of each row are real; must be ≥ 1. None: all.
         bias_1NTS: added to the scaled logits (T5's relative positions).
         scale: factor on q·k.
-        backend: 'xla' (reference), 'cudnn' (GPU, bf16 or fp16 only) or 'splash' (TPU).
+        backend: 'xla' (reference), 'cudnn' (GPU, bf16 or fp16 only), 'splash' (TPU), or 'auto': the chip's own where it
+            takes the shapes and types, else 'xla'.
     """
+    if backend == 'auto':
+        backend = _native(q_BTNH, has_bias=bias_1NTS is not None)
     if backend == 'splash':
         return _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale)
     if backend == 'cudnn':
@@ -55,6 +59,16 @@ def attention(
         logits_BNTS = jnp.where(real_BS[:, None, None, :], logits_BNTS, -jnp.inf)
     weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BSNH.dtype)
     return jnp.einsum('bnts,bsnh->btnh', weights_BNTS, v_BSNH)
+
+
+def _native(q_BTNH: Array, *, has_bias: bool) -> Backend:
+    """The kernel of the chip that the program is for."""
+    chip = platform()
+    if chip == 'tpu':
+        return 'xla' if has_bias or q_BTNH.shape[1] % _SPLASH_BLOCK else 'splash'
+    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= _CUDNN_HEAD
+    return 'cudnn' if chip in ('gpu', 'cuda') and half and fits and has_cudnn() else 'xla'
 
 
 def _cudnn(q_BTNH, k_BSNH, v_BSNH, lengths_B, bias_1NTS, scale):
@@ -120,10 +134,15 @@ def _heads(x: Float[Array, 'B T D'], heads: int) -> Float[Array, 'B T N H']:
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
+def project(self: SelfAttention | MultiAxisAttention, x_BTD: Float[Array, 'B T D']) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of self-attention, each `[B, T, D]`."""
+    return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with QK-norm, without biases."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, backend: Backend = 'xla', out_scale: float = 1.0):
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, backend: Backend = 'auto', out_scale: float = 1.0):
         self.heads, self.head_dim = heads, width // heads
         self.backend: Backend = backend
         self.query = Linear(width, width, ('embed', 'heads'), rngs=rngs)
@@ -134,9 +153,8 @@ class SelfAttention(nnx.Module):
         self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
-        k_BTNH = self.key_norm(_heads(self.key(x_BTD), self.heads))
-        v_BTNH = _heads(self.value(x_BTD), self.heads)
+        q_BTNH, k_BTNH, v_BTNH = (_heads(x, self.heads) for x in project(self, x_BTD))
+        q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
         y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, scale=self.head_dim**-0.5, backend=self.backend)
         return self.out(y_BTNH.reshape(x_BTD.shape))
 
@@ -168,7 +186,7 @@ class MultiAxisAttention(nnx.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, *, block: int, rngs: nnx.Rngs, backend: Backend = 'xla', out_scale: float = 1.0
+        self, width: int, heads: int, *, block: int, rngs: nnx.Rngs, backend: Backend = 'auto', out_scale: float = 1.0
     ):
         self.heads, self.head_dim, self.block_tokens = heads, width // heads, block**2
         # Splash wants at least 128 keys; 64 keys a query make a score matrix too small to need a kernel.
@@ -181,9 +199,8 @@ class MultiAxisAttention(nnx.Module):
         self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
-        k_BTNH = self.key_norm(_heads(self.key(x_BTD), self.heads))
-        v_BTNH = _heads(self.value(x_BTD), self.heads)
+        q_BTNH, k_BTNH, v_BTNH = (_heads(x, self.heads) for x in project(self, x_BTD))
+        q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
         local, across = zip(*(self._axes(x) for x in (q_BTNH, k_BTNH, v_BTNH)), strict=True)
         scale, shape = self.head_dim**-0.5, (x_BTD.shape[0], -1, self.block_tokens, self.heads // 2, self.head_dim)
         y_local = attention(*local, scale=scale, backend=self.backend).reshape(shape)
@@ -201,7 +218,12 @@ class MultiAxisAttention(nnx.Module):
         return local.reshape(-1, *local.shape[2:]), across.reshape(-1, *across.shape[2:])
 
 
-KeysValues = tuple[Float[Array, 'B S1 N H'], Float[Array, 'B S1 N H']]
+class KeysValues(NamedTuple):
+    """What a cross-attention layer reads: S1 is the null and the memory."""
+
+    keys_BSNH: Float[Array, 'B S1 N H']
+    values_BSNH: Float[Array, 'B S1 N H']
+    nothing_D: Float[Array, ' D']  # the layer's whole output where the length is 0: attention over the null alone
 
 
 class CrossAttention(nnx.Module):
@@ -214,7 +236,7 @@ class CrossAttention(nnx.Module):
         memory_width: int,
         *,
         rngs: nnx.Rngs,
-        backend: Backend = 'xla',
+        backend: Backend = 'auto',
         out_scale: float = 1.0,
     ):
         self.heads, self.head_dim = heads, width // heads
@@ -230,21 +252,22 @@ class CrossAttention(nnx.Module):
         self.null_value = param(small, rngs, (heads, self.head_dim), ('heads', None))
 
     def keys_values(self, memory_BSD: Float[Array, 'B S D']) -> KeysValues:
-        """Keys and values of the memory behind the null's, `[B, 1+S, N, H]` each: computed once a prompt."""
+        """Keys and values of the memory behind the null's: computed once a prompt."""
         k_BSNH, v_BSNH = _heads(self.key(memory_BSD), self.heads), _heads(self.value(memory_BSD), self.heads)
 
         def prepend(null, x):
             null_B1NH = jnp.broadcast_to(null[...].astype(x.dtype), (x.shape[0], 1, *x.shape[2:]))
             return jnp.concatenate([null_B1NH, x], axis=1)
 
-        return self.key_norm(prepend(self.null_key, k_BSNH)), prepend(self.null_value, v_BSNH)
+        nothing_D = self.out(self.null_value[...].astype(memory_BSD.dtype).reshape(-1))
+        return KeysValues(self.key_norm(prepend(self.null_key, k_BSNH)), prepend(self.null_value, v_BSNH), nothing_D)
 
     def __call__(
         self, x_BTD: Float[Array, 'B T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']
     ) -> Float[Array, 'B T D']:
         """Reads the memory; `lengths_B` counts its real rows without the null, 0 is no condition."""
         q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
-        k, v = keys_values
+        k, v, _ = keys_values
         scale = self.head_dim**-0.5
         y_BTNH = attention(q_BTNH, k, v, lengths_B=lengths_B + 1, scale=scale, backend=self.backend)
         return self.out(y_BTNH.reshape(x_BTD.shape))

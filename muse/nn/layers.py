@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,8 @@ ROWS = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
 Axes = tuple[str | None, ...]
 Init = Callable[..., Array]
 BlockT = TypeVar('BlockT', bound=nnx.Module)
+StateT = TypeVar('StateT')
+_ALIGNED = 128
 
 _fan_in = nnx.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
@@ -98,25 +101,28 @@ class RMSNorm(nnx.Module):
         return (x32 * inverse * self.scale[...]).astype(x.dtype)
 
 
-@jax.custom_vjp
-def take_rows(table_VD: Float[Array, 'V D'], ids: Array) -> Float[Array, '... D']:
-    """Rows of a table by id. Its gradient is a one-hot matrix product instead of a scatter.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def take_rows(table_VD: Float[Array, 'V D'], ids: Array, dtype: Any = jnp.float32) -> Float[Array, '... D']:
+    """Rows of a float32 table by id, as `dtype`. Their gradient is a one-hot matrix product instead of a scatter.
 
     Most tokens of a masked canvas are the same [MASK] row: a scatter's atomic adds collide on it, which took 18 % of
-    a training step on a GPU.
+    a training step on a GPU. The product is of `dtype`, which the gradient comes in, and is summed in float32.
     """
-    return table_VD[ids]
+    return table_VD[ids].astype(dtype)
 
 
-def _take_rows_forward(table_VD, ids):
-    return table_VD[ids], (ids, table_VD.shape[0])
+def _take_rows_forward(table_VD, ids, dtype):
+    return table_VD[ids].astype(dtype), (ids, table_VD)
 
 
-def _take_rows_backward(residuals, grad):
-    ids, rows = residuals
-    one_hot = jax.nn.one_hot(ids.reshape(-1), rows, dtype=grad.dtype)
+def _take_rows_backward(dtype, residuals, grad):
+    del dtype
+    ids, table_VD = residuals
+    rows = table_VD.shape[0]
+    # A codebook and [MASK] are an odd number of rows, which matrix units take only in a slower way.
+    one_hot = jax.nn.one_hot(ids.reshape(-1), rows + -rows % _ALIGNED, dtype=grad.dtype)
     grad_VD = jnp.einsum('nv,nd->vd', one_hot, grad.reshape(-1, grad.shape[-1]), preferred_element_type=jnp.float32)
-    return grad_VD, None
+    return grad_VD[:rows].astype(table_VD.dtype), None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
@@ -136,7 +142,8 @@ class Embed(nnx.Module):
     def __call__(self, ids_or_weights: Array, dtype: Any = jnp.float32) -> Float[Array, '... D']:
         table_VD = self.table[...]
         if jnp.issubdtype(ids_or_weights.dtype, jnp.integer):
-            return take_rows(table_VD, ids_or_weights).astype(dtype)
+            with jax.named_scope('embed'):
+                return take_rows(table_VD, ids_or_weights, dtype)
         return ids_or_weights.astype(dtype) @ table_VD[: ids_or_weights.shape[-1]].astype(dtype)
 
 
@@ -169,10 +176,37 @@ def stack(make: Callable[[nnx.Rngs], BlockT], layers: int, *, rngs: nnx.Rngs) ->
     return nnx.merge(graphdef, params)
 
 
-REMAT_POLICIES = {
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
+def unstack(stacked: BlockT, layers: int) -> nnx.List[BlockT]:
+    """The layers of what `stack` returned, one by one.
+
+    For a loop around `scan_layers` that takes no gradient (drawing): a layer's weights are then arrays of their own
+    ahead of the loop, and are not copied out of the stack again in each of its steps.
+    """
+    graphdef, params = nnx.split(stacked, nnx.Param)
+    return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda x: x[i], params)) for i in range(layers)])  # noqa: B023
+
+
+def cast_matrices(params: StateT, dtype: Any) -> StateT:
+    """Kernels as `dtype`, everything else as it is: what a `Linear` does when applied, done once ahead of a loop.
+
+    A step then reads half the bytes in bfloat16, and gradients of stacked layers are held in it. Results are the same:
+    norms and tables stay float32 since they are used so.
+    """
+
+    def cast(path: Any, x: Array) -> Array:
+        return x.astype(dtype) if any(getattr(key, 'key', None) == 'kernel' for key in path) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _keeps_dots(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Matrix products, and what cuDNN's attention leaves for its backward pass: it would be run again otherwise."""
+    if primitive.name.startswith('dot_product_attention_fwd'):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+
+
+REMAT_POLICIES = {'dots': _keeps_dots, 'full': jax.checkpoint_policies.nothing_saveable}
 
 
 def scan_layers(
@@ -187,14 +221,19 @@ def scan_layers(
     """Runs x through a stack of layers: x ← apply(layer, x, per_layer[i]) for each layer in turn.
 
     Args:
-        stacked: what `stack` returned.
+        stacked: what `stack` returned; or what `unstack` made of it, and then `per_layer` is a list too.
         apply: (layer, x, extra) → x of the same shape and dtype.
         x: the carry.
         per_layer: pytree with a leading layers axis, one slice a layer, or None.
-        remat: 'none', 'dots' (keep matrix products, recompute the rest) or 'full' (recompute everything).
+        remat: 'none', 'dots' (keep matrix products and attention, recompute the rest) or 'full' (recompute everything).
         unroll: layers a scan step.
     """
+    if isinstance(stacked, nnx.List):
+        for i, layer in enumerate(stacked):
+            x = apply(layer, x, None if per_layer is None else per_layer[i])
+        return x
     graphdef, params = nnx.split(stacked, nnx.Param)
+    params = cast_matrices(params, x.dtype)
 
     def body(carry, slices):
         layer_params, extra = slices

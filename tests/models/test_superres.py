@@ -11,6 +11,7 @@ from muse.config import SuperresConfig
 from muse.decode import decode_steps, row_keys
 from muse.errors import UserError
 from muse.models.superres import Superres
+from muse.nn.attention import KeysValues
 
 CONFIG = SuperresConfig(
     codebook_size=17,
@@ -87,12 +88,12 @@ def test_cached_memory_equals_the_training_path(model, cached, batch):
 
 def test_no_text_leaves_the_null_and_the_low_res_tokens(model, cached, batch):
     (tok, low, txt, _), (memory, logits) = batch, cached
-    keys, values = memory(low, txt)
+    keys, values, unread = memory(low, txt)
     assert keys.shape == values.shape == (2, 3, 1 + 4 + 7, 4, 8)
     nothing = jnp.zeros(3, int)
     none = model(tok, low, txt, nothing)
     assert bool(jnp.isfinite(none).all())
-    bare = logits(tok, (keys[:, :, :5], values[:, :, :5]), nothing)
+    bare = logits(tok, KeysValues(keys[:, :, :5], values[:, :, :5], unread), nothing)
     np.testing.assert_allclose(none, bare, atol=2e-5)  # the null and 4 low-res tokens are all that is read
     np.testing.assert_array_equal(none, model(tok, low, txt * 7 + 1, nothing))
     assert change(model(tok, low, txt, jnp.full(3, 7)), none, 1) > 1e-2, 'text does matter'
@@ -137,7 +138,9 @@ def test_every_token_reaches_every_token_in_two_layers_and_all_weights_learn(pla
         assert float(jnp.abs(grad[...]).max()) > 0, path
 
 
-@pytest.mark.parametrize('changes', [{'remat': 'dots'}, {'remat': 'full', 'unroll': 2}], ids=str)
+@pytest.mark.parametrize(
+    'changes', [pytest.param({'remat': 'dots'}, marks=pytest.mark.slow), {'remat': 'full', 'unroll': 2}], ids=str
+)
 def test_remat_and_unroll_change_nothing(batch, plain, changes):
     def near(a, b):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.abs(a).max()))

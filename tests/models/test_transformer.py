@@ -78,7 +78,10 @@ def test_cached_memory_equals_the_training_path(batch):
     np.testing.assert_allclose(net.logits(tok, net.memory(txt), length), net(tok, txt, length), atol=2e-5)
 
 
-@pytest.mark.parametrize('changes', [{'remat': 'dots'}, {'remat': 'full'}, {'unroll': 3}])
+SLOW = [pytest.param(changes, marks=pytest.mark.slow) for changes in ({'remat': 'full'}, {'unroll': 3})]
+
+
+@pytest.mark.parametrize('changes', [{'remat': 'dots', 'unroll': 3}, *SLOW])
 def test_remat_and_unroll_change_nothing(batch, changes):
     def value_and_grad(**changes):
         _, graphdef, params = make(**changes)

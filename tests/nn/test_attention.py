@@ -126,7 +126,13 @@ def test_between_layers_only_half_of_the_heads_are_transposed():
     assert 'gather' not in names and len(moved) == 4 and all(m.size == 2 * 16 * 16 for m in moved)
 
 
-@pytest.mark.parametrize('mesh, rows', [(MeshConfig(data=2, fsdp=2, tensor=2), 8), (MeshConfig(data=1, fsdp=8), 3)])
+@pytest.mark.parametrize(
+    'mesh, rows',
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+        pytest.param(MeshConfig(data=1, fsdp=8), 3, marks=pytest.mark.slow),
+    ],
+)
 def test_splash_on_a_mesh_attends_on_each_devices_rows_and_heads(mesh, rows):
     """100 keys, padded to 128, rows of any length; once with rows that divide over the mesh and once not."""
     keys = jax.random.split(jax.random.key(1), 3)
