@@ -92,8 +92,8 @@ def main(argv: list[str]) -> int:
     model = muse.load(FLAGS.model)
     knobs = EditKnobs(
         drawing=Knobs(
-            decoding=command_line.decoding(model.release),
-            superres=command_line.superres(model.release),
+            decoding=command_line.decoding(model.release.decode),
+            superres=command_line.superres(model.release.superres_decode),
             seed=FLAGS.seed,
             negative_prompt=FLAGS.negative_prompt,
             size=None,

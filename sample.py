@@ -5,6 +5,10 @@ if wanted, id, seed, negative_prompt, guidance_scale, temperature and size (256x
 with its prompt, seed, model and settings in the PNG text, and as a .json beside it; manifest.jsonl lists all of them.
 Running the same command again goes on where it was stopped. Rows that cannot be used are left out, listed in
 rejects.jsonl, and end in exit code 1; other wrong input stops with one line and exit code 2 before anything is drawn.
+
+    python sample.py --aot=v5e:2x2
+
+draws nothing: it compiles the program for a TPU that need not be there and says what it would take (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -31,21 +35,29 @@ flags.DEFINE_integer('shard_size', 1000, 'Pictures a tar of --format=webdataset;
 flags.DEFINE_bool('grid', False, 'Also write grid.png with all the pictures.')
 flags.DEFINE_bool('gif', False, 'Also write a GIF beside each picture: the tokens as they are filled in.')
 flags.DEFINE_bool('save_tokens', False, 'Also write the token ids beside each picture (.npz).')
+flags.DEFINE_string('aot', None, 'Only compile for a TPU of one host, e.g. v5e:2x2, and report on it.')
+flags.DEFINE_list(
+    'aot_configs', [], 'With --aot, instead of --model: files of configs/ of a base and its tokenizer, ...'
+)
 command_line.define_knobs()
 
 
 def main(argv: list[str]) -> int:
     """Draws what the flags say; the exit code."""
     command_line.no_arguments(argv, lambda argument: f"--prompt='{argument}'")
+    if FLAGS.aot is not None:
+        from muse.aot.sampling import check_flags
+
+        return check_flags(FLAGS.aot, FLAGS.aot_configs, FLAGS.model, size=_size(), batch_size=FLAGS.batch_size)
     given = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
     process, processes = command_line.processes()
     model = muse.load(FLAGS.model)
     knobs = Knobs(
-        decoding=command_line.decoding(model.release),
-        superres=command_line.superres(model.release),
+        decoding=command_line.decoding(model.release.decode),
+        superres=command_line.superres(model.release.superres_decode),
         seed=FLAGS.seed,
         negative_prompt=FLAGS.negative_prompt,
-        size=None if FLAGS.size is None else rows.size(FLAGS.size),
+        size=_size(),
     )
     job = Job(
         prompts_file=FLAGS.prompts_file,
@@ -62,6 +74,10 @@ def main(argv: list[str]) -> int:
     report = sample(model, job, knobs, given, process, processes)
     print(report.line(FLAGS.out))
     return 1 if report.rejects else 0
+
+
+def _size() -> tuple[int, int] | None:
+    return None if FLAGS.size is None else rows.size(FLAGS.size)
 
 
 def guarded(argv: list[str]) -> None:

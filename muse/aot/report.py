@@ -62,7 +62,7 @@ def check(run: Run, name: str) -> int:
         found = cost(compile_step(run, topology), topology)
     except DoesNotFit as error:
         print(f'{_setting(run, topology, error.mesh)}')
-        print(f'does not fit: a device needs {error.needed} of memory, of which {_list_bytes(error.state_bytes)}')
+        print(f'does not fit: a device needs {error.needed} of memory, of which {list_bytes(error.state_bytes)}')
         print(advice(run, error.mesh.shape))
         return 1
     print('\n'.join([_setting(run, topology, found.program.mesh), *cost_lines(found), *_schedule(run, found)]))
@@ -84,7 +84,8 @@ def _setting(run: Run, topology: Topology, mesh: Mesh) -> str:
     )
 
 
-def _list_bytes(held: dict[str, float]) -> str:
+def list_bytes(held: dict[str, float]) -> str:
+    """Groups of memory over 1 MiB, by name."""
     named = {_NAMES.get(name, name): size / _GIB for name, size in held.items() if size >= 2**20}
     return ', '.join(f'{name} {size:.3g}' for name, size in named.items()) + ' GiB'
 
@@ -99,7 +100,7 @@ def cost_lines(found: Cost) -> list[str]:
     kernels = f', {n * totals.kernel_flops / 1e12:.3g} of it in attention kernels' if totals.kernels else ''
     text = [
         f'{program.parameters / 1e6:,.0f}M parameters; compiled in {program.seconds:.0f} s. Per chip:',
-        f'  memory      {n * program.memory / _GIB:.2f} of {chip.hbm / _GIB:.0f} GiB: {_list_bytes(held)}',
+        f'  memory      {n * program.memory / _GIB:.2f} of {chip.hbm / _GIB:.0f} GiB: {list_bytes(held)}',
         f'  operations  {n * totals.flops / 1e12:.3g} TFLOP{kernels}',
         f'  HBM         {n * totals.hbm_bytes / 1e9:.3g} GB',
     ]

@@ -12,7 +12,6 @@ from absl import flags
 from muse.config import DecodeConfig
 from muse.errors import UserError, main_guard
 from muse.jobs import rows
-from muse.release.format import Release
 from muse.settings import Superres, override
 
 FLAGS = flags.FLAGS
@@ -42,8 +41,8 @@ def define_knobs() -> None:
     flags.DEFINE_bool('distributed', False, 'Join the other hosts of this job (jax.distributed): each draws its share.')
 
 
-def decoding(release: Release) -> DecodeConfig:
-    """The base's decoding: the release's, with the flags that are given."""
+def decoding(default: DecodeConfig) -> DecodeConfig:
+    """The base's decoding: the release's, `default`, with the flags that are given."""
     names = [field.name for field in dataclasses.fields(DecodeConfig) if field.name != 'guidance_interval']
     interval = FLAGS.guidance_interval
     if interval is not None:
@@ -51,26 +50,25 @@ def decoding(release: Release) -> DecodeConfig:
         if len(parts) != 2:
             raise UserError(f"--guidance_interval='{interval}': write it as 0.2,0.8")
         interval = tuple(rows.real('guidance_interval', part) for part in parts)
-    return override(release.decode, **{name: FLAGS[name].value for name in names}, guidance_interval=interval)
+    return override(default, **{name: FLAGS[name].value for name in names}, guidance_interval=interval)
 
 
-def superres(release: Release) -> Superres:
-    """The super-res' decoding: likewise; False where it is not wanted."""
+def superres(default: DecodeConfig | None) -> Superres:
+    """The super-res' decoding: likewise (None: the release holds none); False where it is not wanted."""
     given = {'steps': FLAGS.superres_steps, 'guidance_scale': FLAGS.superres_guidance_scale}
     if not FLAGS.superres:
         return False
     if all(value is None for value in given.values()):
         return None
-    return override(release.superres_decode or DecodeConfig(), **given)
+    return override(default or DecodeConfig(), **given)
 
 
 def processes() -> tuple[int, int]:
     """Which of how many processes this is; joins the others first if asked to. Call it before anything else of JAX."""
     if FLAGS.distributed:
-        try:
-            jax.distributed.initialize()
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f'--distributed: {" ".join(str(error).split())[:200]}') from None
+        from muse.train.hosts import join
+
+        join()
     return jax.process_index(), jax.process_count()
 
 
