@@ -113,6 +113,6 @@ def test_help_of_the_scripts_works():
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
     for script in ('sample.py', 'tools/precompute.py'):
         done = subprocess.run(
-            [sys.executable, script, '--help'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, script, '--help'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
         assert '--batch_size' in done.stdout, done.stderr

@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
             case 'teach' | 'train' | 'export' as stage:
                 {'teach': teach, 'train': train, 'export': export}[stage]()
             case _:
-                path(OUT), text_questions.read(path(QUESTIONS)), Tokenizer(path(VOCAB))  # wrong ones are told at once
+                _checked = path(OUT), text_questions.read(path(QUESTIONS)), Tokenizer(path(VOCAB))  # told at once
                 for stage in (teach, train, export):
                     stage()
 
