@@ -15,6 +15,7 @@ from muse.errors import UserError, nearest, warn
 
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 10_000
+MAX_INT = 2**31 - 1  # of the programs' int32
 ConfigT = typing.TypeVar('ConfigT', DecodeConfig, FreeEditConfig)
 
 
@@ -80,7 +81,7 @@ def decoding(config: DecodeConfig, tokens: int, name: str = '') -> DecodeConfig:
         temperature=number(f'{name}temperature', config.temperature),
         final_temperature=None if last is None else number(f'{name}final_temperature', last),
         choice_temperature=number(f'{name}choice_temperature', config.choice_temperature),
-        top_k=count(f'{name}top_k', config.top_k, 0),
+        top_k=count(f'{name}top_k', config.top_k, 0, MAX_INT),
         top_p=share(f'{name}top_p', config.top_p),
     )
 
@@ -94,7 +95,7 @@ def free_edit(config: FreeEditConfig) -> FreeEditConfig:
         share=share('share', config.share),
         guidance_scale=number('guidance_scale', config.guidance_scale),
         temperature=number('temperature', config.temperature),
-        top_k=count('top_k', config.top_k, 0),
+        top_k=count('top_k', config.top_k, 0, MAX_INT),
         top_p=share('top_p', config.top_p),
     )
 
@@ -115,7 +116,7 @@ def row(given: Row) -> Row:
     return dataclasses.replace(
         given,
         prompt=text('prompt', given.prompt),
-        index=count('index', given.index, 0, 2**31 - 1),
+        index=count('index', given.index, 0, MAX_INT),
         seed=None if given.seed is None else count('seed', given.seed, 0, MAX_SEED),
         guidance_scale=None if given.guidance_scale is None else number('guidance_scale', given.guidance_scale),
         temperature=None if given.temperature is None else number('temperature', given.temperature),
@@ -157,9 +158,8 @@ def count(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 def number(name: str, value: Any, high: float = 1e6) -> float:
     """A number from 0 to `high`."""
-    wanted = 'a number of at least 0' if high >= 1e6 else f'a number from 0 to {high:g}'
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= high:
-        raise UserError(f'{name} is {repr(value)[:40]}; give {wanted}')
+        raise UserError(f'{name} is {repr(value)[:40]}; give a number from 0 to {high:,.10g}')
     return float(value)
 
 

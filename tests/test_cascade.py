@@ -71,6 +71,28 @@ def test_the_super_res_draws_over_the_bases_tokens(cascade_model):
     assert (kept.high[known >= 0] == known[known >= 0]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('model', ['tiny_model', 'cascade_model'])
+def test_one_program_to_pixels_draws_what_the_steps_one_by_one_do(model, request, monkeypatch):
+    """As accelerators do, rows with and without negative prompts, guidance and known tokens in one batch."""
+    model = request.getfixturevalue(model)
+    rows = [*ROWS[1:3], ROWS[4], ROWS[6]]
+    known = np.where(np.arange(64).reshape(8, 8) % 3 == 0, 9, -1) if model.has_superres else None
+    rows.append(Row(prompt='star', negative_prompt='', high=known))
+    settings = model.settings(seed=7)
+    alone = list(model.draw(rows, settings))
+    monkeypatch.setattr(model.cascade, 'on_cpu', False)
+    together = list(model.draw(rows, settings, batch_size=len(rows)))
+    high = model.has_superres
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours.low_steps, theirs.low_steps)
+        if high:
+            np.testing.assert_array_equal(ours.high_steps, theirs.high_steps)
+    grids = np.stack([each.high if high else each.low for each in together])
+    for ours, image in zip(together, model.cascade.pixels(grids, high=high), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.image), np.asarray(image))
+
+
 def test_the_super_res_has_knobs_of_its_own(cascade_model):
     config = cascade_model.release.superres_decode
     assert cascade_model.settings().superres == config and config.steps == 3

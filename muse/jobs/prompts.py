@@ -130,16 +130,18 @@ class Drawing:
         index = (place if row.index is None else row.index) + image
         own = {name: getattr(row, name) for name in ('seed', 'negative_prompt', 'guidance_scale', 'temperature')}
         own = {name: value for name, value in own.items() if value is not None}
+        stem = self.stems(row)[image]
         about = {
             'prompt': row.prompt,
-            **({'id': row.id} if row.id else {}),
+            # Of this picture, not of its row: a manifest's lines are rows of their own.
+            **({'id': stem} if row.id else {}),
             'index': index,
             **self._model,
             **dataclasses.asdict(settings),
             **own,
             'muse_version': muse.__version__,
         }
-        return Item(self.stems(row)[image], about, Row(prompt=row.prompt, index=index, **own))
+        return Item(stem, about, Row(prompt=row.prompt, index=index, **own))
 
 
 def make_plan(
@@ -166,6 +168,7 @@ def make_plan(
         try:
             if row.size not in made:
                 made[row.size] = settings_of(row.size)
+            knobs.row(Row(prompt=row.prompt, index=(row.index or 0) + num_images - 1))
             names.take(plan.stems(row), row.place)
             groups.setdefault(made[row.size].size, []).append(row.place)
         except UserError as error:

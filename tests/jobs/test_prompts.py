@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 
 import pytest
 
@@ -38,12 +39,13 @@ def test_what_is_drawn_and_what_is_written_beside_it():
     dog, named = items[3].about, items[4].about
     expected = {'prompt': 'dog', 'index': 1, 'seed': 9, 'guidance_scale': 0.5, 'temperature': 0.1, 'steps': 3}
     assert {name: dog[name] for name in expected} == expected and dog['negative_prompt'] == 'none'
-    assert named['id'] == 'my-id' and named['negative_prompt'] == '' and named['seed'] == 5 and named['model'] == 'm'
+    assert named['id'] == 'my-id_0' and named['negative_prompt'] == '' and named['seed'] == 5 and named['model'] == 'm'
     assert json.loads(items[0].about_json)['size'] == [16, 16]
 
 
 def test_a_manifest_is_a_file_of_prompts_that_draws_the_same():
     rows = [Prompt(3, 1, 'cat'), Prompt(5, 2, 'dog', seed=9), Prompt(6, 3, 'cow', guidance_scale=1.0, size=(16, 24))]
+    rows += [Prompt(7, 4, 'owl', id='owl')]
     first = list(all_items(plan_of(rows, num_images=2)[0]))
     lines = [json.loads(item.about_json) for item in first]
     again = [
@@ -51,6 +53,9 @@ def test_a_manifest_is_a_file_of_prompts_that_draws_the_same():
         for place, line in enumerate(lines)
     ]
     second = list(all_items(plan_of(again)[0]))
+    assert [item.stem for item in second if 'id' in item.about] == ['owl_0', 'owl_1']
+    key = operator.itemgetter('prompt', 'index')  # the order of drawing is size by size
+    first, second = (sorted(items, key=lambda item: key(item.about)) for items in (first, second))
     for a, b in zip(first, second, strict=True):
         for name in ('seed', 'negative_prompt', 'guidance_scale', 'temperature'):
             assert a.about[name] == b.about[name] and getattr(b.task, name) == a.about[name]
@@ -90,6 +95,12 @@ def test_rows_that_cannot_be_drawn_are_refused_and_the_others_keep_names_and_noi
     assert [place for place, _ in refused] == [1, 2, 3, 5]
     assert 'as those of row 1' in refused[0][1] and 'kept for another file' in refused[2][1]
     assert [(item.stem, item.task.index) for item in all_items(plan)] == [('x', 0), ('0004_e', 4)]
+
+
+def test_an_index_beyond_the_last_is_refused_with_its_row():
+    plan, refused = plan_of([Prompt(0, 1, 'a', index=2**31 - 2), Prompt(1, 2, 'b', index=2**31 - 1)], num_images=2)
+    assert [item.task.index for item in all_items(plan)] == [2**31 - 2, 2**31 - 1]
+    assert len(refused) == 1 and refused[0][0] == 1 and 'index is 2147483648' in refused[0][1]
 
 
 def test_blank_prompts_are_said():
