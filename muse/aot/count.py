@@ -125,15 +125,16 @@ def _kernel_name(instruction: Instruction) -> str:
 
 
 def _kernel_flops(where: Computation, instruction: Instruction, totals: Totals) -> float:
-    """Splash kernels take [B, N, T, H] queries and [B, N, S, H] keys among their operands."""
+    """Splash kernels take [B, N, T, H] queries and then keys [B, N, S, H] among their operands; no B where it is 1."""
     kind = re.match(r'splash_mha_(fwd|dq|dkv)', instruction.name)
     shapes = [shape for name in instruction.operands for shape in where.instructions[name].shapes]
-    arrays = [shape.dims for shape in shapes if len(shape.dims) == 4 and shape.dtype in ('bf16', 'f32')]
+    floats = [shape.dims for shape in shapes if shape.dtype in ('bf16', 'f32')]
+    arrays = [dims for dims in floats if len(dims) == len(floats[0]) and len(dims) in (3, 4)]
     if kind is None or len(arrays) < 2:
         totals.unknown[f'operations of the kernel {_kernel_name(instruction)}'] += 1
         return 0.0
-    (b, n, t, h), s = arrays[0], arrays[1][2]
-    return _KERNEL_PRODUCTS[kind.group(1)] * 2.0 * b * n * t * s * h
+    queries, s = arrays[0], arrays[1][-2]
+    return _KERNEL_PRODUCTS[kind.group(1)] * 2.0 * math.prod(queries) * s
 
 
 def _convolution_flops(where: Computation, instruction: Instruction) -> float:
