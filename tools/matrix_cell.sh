@@ -16,4 +16,4 @@ fi
 [ -x "$venv/bin/python" ] || "$interpreter" -m venv "$venv"
 "$venv/bin/python" -m pip --disable-pip-version-check install -q \
     -r requirements.txt -e '.[dev]' "jax==$jax" "jaxlib==$jax" "flax==$flax"
-JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -q -n 2 --dist loadscope -m 'not slow' tests
+JAX_PLATFORMS=cpu "$venv/bin/python" -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow' tests

@@ -49,4 +49,4 @@ def compiled_memory(compiled: Any) -> dict[str, float]:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    return {'memory_gib': round(needed / 2**30, 3), 'temporaries_gib': round(memory.temp_size_in_bytes / 2**30, 3)}
+    return {'memory_gib': round(needed / 2**30, 6), 'temporaries_gib': round(memory.temp_size_in_bytes / 2**30, 6)}
