@@ -124,6 +124,7 @@ def wrong_cases(release_folder, model, folder):
         ([out, model, prompt, '--grid', '--num_images=1001'], 'up to 1000 pictures'),
         ([out, model, f'--prompts_file={folder / "p.xlsx"}'], "ends in '.xlsx'"),
         ([out, model, prompt, '--distributed'], '--distributed'),
+        ([out, model, prompt, '--aot_configs=a.py'], 'goes with --aot'),
         ([out, prompt, f'--model={folder / "nowhere"}'], 'nowhere'),
         ([out, prompt, f'--model={broken}'], 'truncated or corrupted'),
         ([out, prompt, f'--model={missing}'], 'tokenizer.safetensors'),

@@ -47,7 +47,11 @@ _NO_TEXT = Part(None, nnx.State({}), '', {})  # text states are data of the prog
 def _read(file: str) -> Run:
     if not Path(file).is_file():
         raise UserError(f"config file '{file}' does not exist: give files of configs/")
-    values = runpy.run_path(file).get('get_config')
+    try:
+        values = runpy.run_path(file).get('get_config')
+    except (SyntaxError, ValueError, ImportError, NameError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{file}' cannot be run ({reason}): give files of configs/") from None
     if values is None:
         raise UserError(f"'{file}' has no get_config: give files of configs/")
     return read_run(values().to_dict())

@@ -53,6 +53,7 @@ def test_a_release_is_read_without_its_weights():
         ([PAPER[0], str(ROOT / 'configs/tiny/tokenizer.py')], 'draws 8192 codes'),
         (['configs/none.py'], "'configs/none.py' does not exist"),
         ([__file__], 'has no get_config'),
+        ([str(ROOT / 'README.md')], 'cannot be run'),
     ],
 )
 def test_configs_that_make_no_release(files, said):
