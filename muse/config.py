@@ -1,22 +1,20 @@
-"""Every setting of the project, as frozen dataclasses, and a strict reader from nested dicts.
+"""Every setting of the project, as frozen dataclasses.
 
-Defaults live here and nowhere else. `configs/*.py` build an `ml_collections.ConfigDict`; `read` turns it (or the
-JSON of a release) into the dataclasses below and refuses unknown keys and wrong types. The paper's values are the
-defaults where the paper gives one (Muse, tables 4 and 5); docs/design.md says what was chosen where it is silent.
+Defaults live here and nowhere else. `configs/*.py` build an `ml_collections.ConfigDict`; `read` (`muse.strict`) makes
+the dataclasses below of it, or of the JSON of a release, and refuses unknown keys and wrong types. The paper's values
+are the defaults where the paper gives one (Muse, tables 4 and 5); docs/design.md says what was chosen elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from muse.errors import UserError, nearest
+from muse.strict import read
 
-ConfigT = TypeVar('ConfigT')
 Dtype = Literal['float32', 'bfloat16']
 
 
@@ -103,7 +101,8 @@ class TransformerConfig:
     text_length: int = 127
     remat: Literal['none', 'dots', 'full'] = 'dots'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
-    attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # the chip's own kernel where it fits
+    # 'auto': the chip's own kernel where it fits; 'fused': this project's for GPUs where it fits, else as 'auto'.
+    attention: Literal['auto', 'xla', 'cudnn', 'splash', 'fused'] = 'auto'
     dtype: Dtype = 'float32'
 
 
@@ -125,7 +124,8 @@ class SuperresConfig:
     text_length: int = 127
     remat: Literal['none', 'dots', 'full'] = 'dots'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
-    attention: Literal['auto', 'xla', 'cudnn', 'splash'] = 'auto'  # the chip's own kernel where it fits
+    # 'auto': the chip's own kernel where it fits; 'fused': this project's for GPUs where it fits, else as 'auto'.
+    attention: Literal['auto', 'xla', 'cudnn', 'splash', 'fused'] = 'auto'
     dtype: Dtype = 'float32'
 
 
@@ -348,58 +348,6 @@ class SuperresRun:
 
 
 Run = TokenizerRun | DecoderRun | BaseRun | SuperresRun
-
-
-def read(cls: type[ConfigT], values: Mapping[str, Any], path: str = '') -> ConfigT:
-    """Builds the dataclass `cls` from a nested mapping.
-
-    Args:
-        cls: a dataclass of this module.
-        values: nested mapping (an `ml_collections.ConfigDict` or parsed JSON); missing keys take the default.
-        path: dotted prefix used in messages.
-
-    Raises:
-        UserError: an unknown key (names the nearest), a missing one, or a value of the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    for name in values:
-        if name not in fields:
-            raise UserError(f"config key '{path}{name}' does not exist{nearest(name, fields)}")
-    kwargs = {}
-    for name, spec in fields.items():
-        if name in values:
-            kwargs[name] = _convert(hints[name], values[name], f'{path}{name}')
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise UserError(f"config key '{path}{name}' is missing: add it to the config")
-    return cls(**kwargs)
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and not hasattr(value, 'items'):
-            raise UserError(f"config key '{path}' must be a group of keys, not {value!r}")
-        return read(hint, value, f'{path}.')  # pyright: ignore[reportArgumentType]
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
-    if origin is Literal:
-        if value not in args:
-            raise UserError(f"config key '{path}' is {value!r}{nearest(str(value), map(str, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"config key '{path}' must be a list of {args[0].__name__}, not {value!r}")
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            raise UserError(f"config key '{path}' must hold {len(args)} values, not {len(value)}")
-        return tuple(_convert(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UserError(f"config key '{path}' must be {hint.__name__}, not {value!r}")
-    return value
 
 
 def read_run(values: Mapping[str, Any]) -> Run:

@@ -14,7 +14,7 @@ HEAVY = ('grain', 'tensorflow_datasets', 'tensorflow', 'torch', 'ml_collections'
 
 # A module may import those of its own layer and of layers above it.
 LAYERS = (
-    ('errors', 'config'),
+    ('errors', 'strict', 'config'),
     ('nn',),
     ('models',),
     ('mesh', 'masking', 'guidance', 'decode', 'release', 'tiling', 'text', 'data'),
