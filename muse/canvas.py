@@ -1,4 +1,4 @@
-"""Sizes: which pictures a release can draw, as grids of tokens, and the windows of the super-res over a large one."""
+"""Which pictures a release can draw: sizes as grids of tokens, checked drafts, and windows of the super-res."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from muse import settings as knobs
+from muse.config import DecodeConfig
 from muse.errors import UserError
 from muse.release.format import Release
+from muse.settings import Superres
 
 Grid = tuple[int, int]  # token rows and columns
 
@@ -22,6 +25,47 @@ class Canvas(NamedTuple):
     low: Grid
     high: Grid | None
     size: tuple[int, int]  # width and height in pixels
+
+
+class Draft(NamedTuple):
+    """What is drawn and how, with the release's defaults filled in."""
+
+    canvas: Canvas
+    base: DecodeConfig
+    superres: DecodeConfig | None  # None: the base alone draws
+
+
+def draft(release: Release, size: tuple[int, int] | None, base: DecodeConfig, superres: Superres) -> Draft:
+    """Checks what a user asks of a release, whose weights are not read.
+
+    Args:
+        release: the model, perhaps described alone.
+        size: width and height in pixels; None: what was trained on.
+        base: decoding of the base.
+        superres: that of the super-res; None: the release's own, False: the base alone draws.
+
+    Raises:
+        UserError: a value out of range, a size that cannot be drawn, or a super-res that the release does not hold.
+    """
+    if superres:
+        need_superres(release)
+    both = release.superres is not None and superres is not False
+    canvas = native(release, both) if size is None else of_size(release, knobs.size(size), both)
+    checked = knobs.decoding(base, math.prod(canvas.low))
+    if canvas.high is None:
+        return Draft(canvas, checked, None)
+    config = superres or release.superres_decode
+    assert config is not None
+    return Draft(canvas, checked, knobs.decoding(config, math.prod(canvas.high), 'superres.'))
+
+
+def need_superres(release: Release) -> None:
+    """Raises UserError where the release holds no super-res."""
+    if release.superres is None:
+        raise UserError(
+            f'{release.name} holds no super-res, so that it draws {_text(native(release, False).size)} pixels and '
+            'cannot upscale; load a release that holds one'
+        )
 
 
 def native(release: Release, superres: bool) -> Canvas:

@@ -7,7 +7,6 @@ else is drawn with it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,42 +117,23 @@ class Muse:
         superres: Superres = None,
     ) -> Settings:
         """Checks the knobs of `generate` and fills in the release's defaults."""
-        canvas = self._canvas(size, superres)
         given = {'steps': steps, 'guidance_scale': guidance_scale, 'temperature': temperature}
         base = knobs.override(decoding or self.release.decode, **given)
+        draft = canvases.draft(self.release, size, base, superres)
         checked = Settings(
-            **knobs.fields(knobs.decoding(base, math.prod(canvas.low))),
+            **knobs.fields(draft.base),
             seed=knobs.count('seed', seed, 0, knobs.MAX_SEED),
             negative_prompt=knobs.text('negative_prompt', negative_prompt or ''),
-            size=canvas.size,
-            superres=self._superres(superres or None, canvas),
+            size=draft.canvas.size,
+            superres=draft.superres,
         )
         if checked.negative_prompt.strip() and checked.guidance_scale == 0 and not checked.superres:
             warn('negative_prompt has no effect at guidance_scale 0')
         return checked
 
-    def _canvas(self, size: tuple[int, int] | None, superres: Superres) -> Canvas:
-        if superres:
-            self.need_superres()
-        with_superres = self.has_superres and superres is not False
-        if size is None:
-            return canvases.native(self.release, with_superres)
-        return canvases.of_size(self.release, knobs.size(size), with_superres)
-
-    def _superres(self, given: DecodeConfig | None, canvas: Canvas) -> DecodeConfig | None:
-        if canvas.high is None:
-            return None
-        config = given or self.release.superres_decode
-        assert config is not None
-        return knobs.decoding(config, math.prod(canvas.high), 'superres.')
-
     def need_superres(self) -> None:
         """Raises UserError where the release holds no super-res."""
-        if not self.has_superres:
-            raise UserError(
-                f'{self.release.name} holds no super-res, so that it draws {self.size[0]}×{self.size[1]} pixels and '
-                'cannot upscale; load a release that holds one'
-            )
+        canvases.need_superres(self.release)
 
     def stream(
         self, prompts: str | Sequence[str], settings: Settings, *, num_images: int = 1, batch_size: int = 8

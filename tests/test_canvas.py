@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muse import canvas
-from muse.errors import UserError
+from muse.config import DecodeConfig
+from muse.errors import InputWarning, UserError
 
 
 def test_the_trained_sizes(tiny_model, cascade_model):
@@ -36,6 +37,21 @@ def test_other_sizes(tiny_model, cascade_model):
 def test_sizes_that_cannot_be_drawn(tiny_model, cascade_model, size, superres, said):
     with pytest.raises(UserError, match=said):
         canvas.of_size((cascade_model if superres else tiny_model).release, size, superres)
+
+
+def test_a_draft_fills_in_what_the_release_says(tiny_model, cascade_model):
+    base, fine = DecodeConfig(steps=3), DecodeConfig(steps=5, guidance_scale=1.0)
+    release = cascade_model.release
+    assert canvas.draft(release, None, base, None) == (canvas.native(release, True), base, release.superres_decode)
+    assert canvas.draft(release, (48, 32), base, fine) == (((4, 6), (8, 12), (48, 32)), base, fine)
+    assert canvas.draft(release, None, base, False) == (canvas.native(release, False), base, None)
+    assert canvas.draft(tiny_model.release, (24, 16), base, None) == (((4, 6), None, (24, 16)), base, None)
+    with pytest.warns(InputWarning, match='more than the 16 tokens'):
+        assert canvas.draft(tiny_model.release, None, DecodeConfig(steps=17), None).base.steps == 16
+    with pytest.raises(UserError, match='holds no super-res, so that it draws 16×16 pixels'):
+        canvas.draft(tiny_model.release, None, base, fine)
+    with pytest.raises(UserError, match='superres.steps is 0'):
+        canvas.draft(release, None, base, DecodeConfig(steps=0))
 
 
 @settings(max_examples=80, deadline=None)

@@ -48,19 +48,18 @@ def check_flags(
     """`check` of what the flags of sample.py ask for; `configs` are files of trainings, else `model` is a release."""
     use_no_accelerator()
     release = describe_runs(configs) if configs else describe_release(model or shipped())
-    superres = command_line.superres(release.superres_decode)
-    with_superres = release.superres is not None and superres is not False
-    canvas = (
-        canvases.of_size(release, knobs.size(size), with_superres) if size else canvases.native(release, with_superres)
+    draft = canvases.draft(
+        release, size, command_line.decoding(release.decode), command_line.superres(release.superres_decode)
     )
-    decoding = knobs.decoding(command_line.decoding(release.decode), math.prod(canvas.low))
-    fine = None
-    if canvas.high is not None:
-        config = superres or release.superres_decode
-        assert config is not None
-        fine = knobs.decoding(config, math.prod(canvas.high), 'superres.')
     knobs.count('batch_size', batch_size, 1)
-    return check(Plan(release=release, canvas=canvas, batch_size=batch_size, decoding=decoding, superres=fine), name)
+    plan = Plan(
+        release=release,
+        canvas=draft.canvas,
+        batch_size=batch_size,
+        decoding=draft.base,
+        superres=draft.superres,
+    )
+    return check(plan, name)
 
 
 def check(plan: Plan, name: str) -> int:

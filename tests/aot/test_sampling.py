@@ -86,6 +86,7 @@ def test_operations_of_a_larger_canvas_are_those_of_its_tokens():
         (['--aot=v5e:4x4'], 2, 'has 4 hosts, and each draws alone: give one, v5e:2x2'),
         (['--aot=v5e:2x2', '--batch_size=6'], 2, 'no multiple of 4 devices'),
         (['--aot=v9:2x2'], 2, 'is not known'),
+        (['--aot=v5e:2x2', '--superres_steps=2'], 2, 'holds no super-res'),
     ],
 )
 def test_the_script(flags, code, said):
