@@ -140,6 +140,7 @@ def test_rows_come_out_as_files_and_restart(job):
     assert sorted(contents(out / 'rows')) == sorted([*names, 'manifest.jsonl', 'rejects.jsonl'])
     rejects = [json.loads(line) for line in (out / 'rows/rejects.jsonl').read_text().splitlines()]
     assert [reject['line'] for reject in rejects] == list(range(6, 23))
+    assert [json.loads(reject['row']) for reject in rejects] == ROWS[5:]
     for reject, said in zip(rejects, SAID, strict=True):
         assert said in reject['error'] and '\n' not in reject['error'], reject
     manifest = [json.loads(line) for line in (out / 'rows/manifest.jsonl').read_text().splitlines()]

@@ -141,6 +141,7 @@ own,a cat,9,a dog,0.5,0.3,
 ,bad seed,-1,,,,
 tall,"a dog left",,,,,16x24
 ,three,fields
+odd,"a cow",,,,,17x17
 """
 
 
@@ -192,7 +193,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(job):
 def test_a_job_of_rows(job):
     folder, (first, again, other, *_) = job[:2]
     assert first[0] == again[0] == 1 and other[0] == 2  # rows were left out; another job's pictures are in the way
-    assert first[2].count('is left out') == 2 and 'line 4' in first[2] and 'line 6' in first[2]
+    assert first[2].count('is left out') == 3 and all(f'line {line}' in first[2] for line in (4, 6, 7))
     assert first[1] == f'6 pictures in {folder}/out/\n'
     assert again[1] == f'6 pictures in {folder}/out/, 6 of them there already\n'
     assert 'was drawn otherwise' in other[2] and other[2].startswith('error: ') and other[2].count('\n') > 0
@@ -201,7 +202,9 @@ def test_a_job_of_rows(job):
     names = [f'{stem}.{end}' for stem in stems for end in endings]
     assert sorted(contents(folder / 'out')) == sorted([*names, 'manifest.jsonl', 'rejects.jsonl'])
     rejects = [json.loads(line) for line in (folder / 'out/rejects.jsonl').read_text().splitlines()]
-    assert [reject['line'] for reject in rejects] == [4, 6] and 'seed is -1' in rejects[0]['error']
+    assert [reject['line'] for reject in rejects] == [4, 6, 7] and 'seed is -1' in rejects[0]['error']
+    assert [reject['row'] for reject in rejects] == [ROWS.splitlines()[line - 1] for line in (4, 6, 7)]
+    assert 'multiples of 4' in rejects[2]['error']  # found out by the model, not by the table
     with Image.open(folder / 'out/tall_1.png') as tall:
         assert tall.size == (16, 24)
 

@@ -89,7 +89,7 @@ def _checked(model: Muse, knobs: EditKnobs, given: Table[Edit], rejects: list[Re
         except UserError as error:
             if not edit.line:
                 raise
-            rejects.append(Reject(edit.line, str(error), str(edit.image)))
+            rejects.append(given.reject(edit.line, error))
     rejects.sort(key=lambda reject: reject.line)
     return items
 

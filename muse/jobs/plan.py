@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from muse.errors import UserError
 
 RESERVED = ('grid',)
-_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]{0,99}')
+MAX_ID = 100
+_ID = re.compile(rf'[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_ID - 1}}}')
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def file_id(value: Any) -> str:
     value = str(value) if type(value) is int else value
     if not isinstance(value, str) or not _ID.fullmatch(value):
         raise UserError(
-            f'id is {repr(value)[:120]}; give up to 100 letters, digits, - and _, beginning with a letter or digit'
+            f'id is {repr(value)[:120]}; give up to {MAX_ID} letters, digits, - and _, beginning with a letter or digit'
         )
     return value
 

@@ -15,7 +15,7 @@ import muse
 from muse import settings as knobs
 from muse.errors import UserError, warn
 from muse.jobs import rows
-from muse.jobs.plan import Item, Names, file_id, slug
+from muse.jobs.plan import MAX_ID, Item, Names, file_id, slug
 from muse.settings import Row, Settings
 
 COLUMNS = ('prompt', 'id', 'seed', 'index', 'negative_prompt', 'guidance_scale', 'temperature', 'size')
@@ -169,7 +169,7 @@ def make_plan(
             if row.size not in made:
                 made[row.size] = settings_of(row.size)
             knobs.row(Row(prompt=row.prompt, index=(row.index or 0) + num_images - 1))
-            names.take(plan.stems(row), row.place)
+            names.take(_checked_stems(plan, row), row.place)
             groups.setdefault(made[row.size].size, []).append(row.place)
         except UserError as error:
             refuse(row, error)
@@ -179,3 +179,14 @@ def make_plan(
     if blank := sum(not row.prompt.strip() for row in given):
         warn(f'empty prompts: {blank} of {len(given)}; drawn without text')
     return plan
+
+
+def _checked_stems(plan: Drawing, row: Prompt) -> list[str]:
+    """The names of a row's files. Each of them is an id in the manifest, so that it may be as long as one."""
+    stems = plan.stems(row)
+    if row.id and (longer := len(stems[-1]) - MAX_ID) > 0:
+        raise UserError(
+            f'its id has {len(row.id)} characters, and its pictures are called …{stems[-1][-8:]}: give up to '
+            f'{len(row.id) - longer}'
+        )
+    return stems

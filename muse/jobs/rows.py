@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TextIO, TypeVar
 
@@ -18,6 +18,7 @@ from muse.text.tokenizer import MAX_PROMPT_BYTES
 
 MAX_FILE_BYTES = 64 * 2**20
 SHOWN = 5  # rejected rows that are named one by one
+KEPT = 1000  # characters of a row that are written with its rejection
 
 RowT = TypeVar('RowT')
 
@@ -32,7 +33,7 @@ class Line(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A row that is left out."""
+    """A row that is left out: its first line, the reason, and its beginning as it stands in the file."""
 
     line: int
     error: str
@@ -45,6 +46,11 @@ class Table(Generic[RowT]):
 
     rows: list[RowT]
     rejects: list[Reject]
+    texts: Mapping[int, str] = field(default_factory=dict)  # line → beginning of the row that was read there
+
+    def reject(self, line: int, error: UserError) -> Reject:
+        """A row that was read but cannot be used, in the form of those that could not be read."""
+        return Reject(line, str(error), self.texts[line])
 
 
 def read_table(
@@ -63,7 +69,7 @@ def read_table(
     Raises:
         UserError: the file cannot be read, is over 64 MB, or holds no row.
     """
-    rows, rejects, unknown, place = [], [], set(), -1
+    rows, rejects, texts, unknown, place = [], [], {}, set(), -1
     for place, line in enumerate(_lines(file, text_column)):  # noqa: B007
         unknown.update(set(line.values) - set(columns))
         try:
@@ -71,15 +77,16 @@ def read_table(
                 raise UserError(line.error)
             given = {name: line.values[name] for name in columns if line.values.get(name) not in (None, '')}
             rows.append(read_row(place, line.number, given))
+            texts[line.number] = line.text[:KEPT]
         except UserError as error:
-            rejects.append(Reject(line.number, str(error), line.text[:1000]))
+            rejects.append(Reject(line.number, str(error), line.text[:KEPT]))
     if place < 0:
         raise UserError(f"'{file}' holds no {text_column or 'row'}: write one a line")
     if unknown and rows:
         names = ', '.join(repr(name[:40]) for name in sorted(unknown)[:20])
         near = nearest(min(unknown), columns) if len(unknown) == 1 else ''
         warn(f"'{file}': column{'s' * (len(unknown) > 1)} {names} {'are' if len(unknown) > 1 else 'is'} not used{near}")
-    return Table(rows, rejects)
+    return Table(rows, rejects, texts)
 
 
 def warn_of_rejects(file: str, rejects: Sequence[Reject], written: Path) -> None:
@@ -140,10 +147,12 @@ def _numbered(stream: TextIO) -> Iterator[tuple[int, str]]:
 
 def _csv(stream: TextIO, file: str) -> Iterator[Line]:
     csv.field_size_limit(MAX_FILE_BYTES)  # else a field over 128 kB breaks the file instead of its row
-    reader = csv.reader(stream, strict=True)
+    lines: list[str] = []  # of one row
+    reader = csv.reader(_keeping(stream, lines), strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
+        lines.clear()
         try:
             fields = next(reader)
         except StopIteration:
@@ -151,19 +160,30 @@ def _csv(stream: TextIO, file: str) -> Iterator[Line]:
         except csv.Error as error:
             if header is None:
                 raise UserError(f"'{file}' is no CSV (line {number}: {error})") from None
-            yield Line(number, '', {}, f'the CSV from here to line {reader.line_num} is broken ({error})')
+            yield Line(number, _joined(lines), {}, f'the CSV from here to line {reader.line_num} is broken ({error})')
             continue
         if not any(field.strip() for field in fields):
             continue
-        joined = ','.join(fields)
         if header is None:
             header = [field.strip() for field in fields]
             _check_header(header, file)
         elif len(fields) != len(header):
             error = f'it has {len(fields)} fields, the header {len(header)}: quote texts that hold a comma'
-            yield Line(number, joined, {}, error)
+            yield Line(number, _joined(lines), {}, error)
         else:
-            yield Line(number, joined, {name: field.strip() for name, field in zip(header, fields, strict=True)})
+            values = {name: field.strip() for name, field in zip(header, fields, strict=True)}
+            yield Line(number, _joined(lines), values)
+
+
+def _keeping(stream: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """The lines of a stream, each of which is added to `lines` as well."""
+    for line in stream:
+        lines.append(line)
+        yield line
+
+
+def _joined(lines: Sequence[str]) -> str:
+    return ''.join(lines).rstrip('\r\n')
 
 
 def _check_header(header: Sequence[str], file: str) -> None:

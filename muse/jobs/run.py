@@ -107,10 +107,22 @@ def run(
             for _ in store.write(unit, made, wanted):
                 drawn += 1
                 bar.update()
-    complete = count == 1 or not any(store.missing(unit, plan.items(unit)) for unit in range(len(plan)))
+    complete = count == 1 or _is_whole(plan, store, overwrite)
     if complete:
-        write_manifest(plan, store, others)
+        if overwrite:
+            store.remove_beyond(len(plan))
+        write_manifest(plan, store, [line for path, line in others if path.exists()])
     return Outcome(drawn, kept, complete)
+
+
+def _is_whole(plan: Plan, store: Store, overwrite: bool) -> bool:
+    """Whether the pictures of all processes are there."""
+    try:
+        return not any(store.missing(unit, plan.items(unit)) for unit in range(len(plan)))
+    except UserError:
+        if overwrite:
+            return False  # another process has still to overwrite what an earlier job has left
+        raise
 
 
 def _bar(total: int, kept: int) -> tqdm:
@@ -132,20 +144,21 @@ def _packed(
         yield item, future.result()
 
 
-def _lines_of_others(plan: Plan, store: Store) -> list[bytes]:
-    """Lines of the manifest that is there about pictures of other jobs which still lie in the folder."""
+def _lines_of_others(plan: Plan, store: Store) -> list[tuple[Path, bytes]]:
+    """Lines of the manifest that is there about pictures of other jobs, each with the file that holds its picture."""
     path = store.place.folder / MANIFEST
     if not path.exists():
         return []
     own = {_key(store.names(unit, item)) for unit in range(len(plan)) for item in plan.items(unit)}
+    own_shards = {shard for shard, _ in own if shard}
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
             key = _key(json.loads(line))
         except (ValueError, AttributeError, KeyError):
             raise UserError(f"'{path}' line {number} is no line of a manifest: move the file away") from None
-        if key not in own and (store.place.folder / (key[0] or key[1])).exists():
-            found.append(line)
+        if key not in own and key[0] not in own_shards:
+            found.append((store.place.folder / (key[0] or key[1]), line))
     return found
 
 

@@ -105,7 +105,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> Table[Prompt]:
             raise UserError("no prompt was given: add --prompt='a red apple' or --prompts_file=FILE")
         return Table(own, [])
     found = read_table(file, COLUMNS, lambda place, *row: read_prompt(len(own) + place, *row), 'prompt')
-    return Table(own + found.rows, found.rejects)
+    return Table(own + found.rows, found.rejects, found.texts)
 
 
 def _plan(
@@ -116,7 +116,7 @@ def _plan(
     def refuse(row: Prompt, error: UserError) -> None:
         if not row.line:
             raise error
-        rejects.append(Reject(row.line, str(error), row.prompt[:1000]))
+        rejects.append(given.reject(row.line, error))
 
     def settings_of(size: Size | None) -> Settings:
         return shared if size is None else knobs.settings(model, size)

@@ -10,13 +10,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from muse.errors import UserError
+from muse.errors import UserError, warn
 from muse.jobs.plan import Item
 
 Files = dict[str, bytes]  # ending → contents of one picture's files
@@ -99,6 +100,10 @@ class Store(Protocol):
         """Where a picture lies, for the manifest."""
         ...
 
+    def remove_beyond(self, units: int) -> None:
+        """Once a job of so many units is whole: removes what a larger one, which it overwrites, has left behind it."""
+        ...
+
 
 class Folder:
     """Every picture as files of its own; the picture itself is written last, after all that belongs to it."""
@@ -147,6 +152,9 @@ class Folder:
         """The picture's file."""
         return {'file': item.stem + PICTURE}
 
+    def remove_beyond(self, units: int) -> None:
+        """Nothing: pictures of other names are of other jobs, which share the folder."""
+
     def _path(self, item: Item, ending: str) -> Path:
         return self.place.folder / (item.stem + ending)
 
@@ -193,8 +201,37 @@ class Shards:
         """The tar and the picture's name in it."""
         return {'shard': self._path(unit).name, 'file': item.stem + PICTURE}
 
+    def remove_beyond(self, units: int) -> None:
+        """Shards of higher numbers, where they hold pictures of jobs: else they would be read as part of this one."""
+        numbered = (path for path in self.place.folder.glob('*.tar') if re.fullmatch(r'\d{5,}', path.stem))
+        later = sorted(path for path in numbered if int(path.stem) >= units and path == self._path(int(path.stem)))
+        ours = [path for path in later if _is_ours(path)]
+        for path in ours:
+            self.place.remove(path.name)
+        if ours:
+            warn(f'removed what is left of a larger job, which this one overwrites: {_some(ours)}')
+        if others := sorted(set(later) - set(ours)):
+            warn(f'not of a job, though named like a shard of it: {_some(others)} stays, to be read with this job')
+
     def _path(self, unit: int) -> Path:
         return self.place.folder / f'{unit:05d}.tar'
+
+
+def _some(paths: Sequence[Path]) -> str:
+    return f"'{paths[0]}'" + f' and {len(paths) - 1} more' * (len(paths) > 1)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a tar begins with a picture of a job: its .json names the version that drew it."""
+    try:
+        with tarfile.open(path) as tar:
+            picture, about = tar.next(), tar.next()
+            if picture is None or about is None or about.name != picture.name.removesuffix(PICTURE) + ABOUT:
+                return False
+            found = json.loads(_member(tar, about.name))
+    except (OSError, tarfile.TarError, KeyError, EOFError, ValueError):
+        return False
+    return isinstance(found, dict) and 'muse_version' in found
 
 
 def _member(tar: tarfile.TarFile, name: str) -> bytes:

@@ -28,7 +28,8 @@ class Numbers:
 
     def items(self, unit: int) -> list[Item]:
         numbers = range(unit * self._per_unit, min((unit + 1) * self._per_unit, self._pictures))
-        return [Item(f'{n:04d}_x', {'prompt': f'number {n}', 'seed': self._seed}, n) for n in numbers]
+        own = {'seed': self._seed, 'muse_version': '0'}
+        return [Item(f'{n:04d}_x', {'prompt': f'number {n}', **own}, n) for n in numbers]
 
     def draw(self, unit: int, items: list[Item], seconds: float = 0.0):
         del unit

@@ -8,7 +8,7 @@ import operator
 import pytest
 
 from muse.errors import InputWarning, UserError
-from muse.jobs.plan import all_items, share, slug
+from muse.jobs.plan import all_items, file_id, share, slug
 from muse.jobs.prompts import COLUMNS, Prompt, make_plan, read_prompt
 from muse.settings import Settings
 
@@ -101,6 +101,20 @@ def test_an_index_beyond_the_last_is_refused_with_its_row():
     plan, refused = plan_of([Prompt(0, 1, 'a', index=2**31 - 2), Prompt(1, 2, 'b', index=2**31 - 1)], num_images=2)
     assert [item.task.index for item in all_items(plan)] == [2**31 - 2, 2**31 - 1]
     assert len(refused) == 1 and refused[0][0] == 1 and 'index is 2147483648' in refused[0][1]
+
+
+def test_an_id_leaves_room_for_the_number_of_its_pictures():
+    """A manifest's lines are rows of prompts: each id in it must be one."""
+    rows = [Prompt(place, place + 1, 'x', id='abcde'[place] * length) for place, length in enumerate((98, 99, 100))]
+    plan, refused = plan_of(rows, num_images=10)
+    ids = [item.about['id'] for item in all_items(plan)]
+    assert max(map(len, ids)) == 100 and [file_id(each) for each in ids] == ids
+    assert refused == [
+        (1, 'its id has 99 characters, and its pictures are called …bbbbbb_9: give up to 98'),
+        (2, 'its id has 100 characters, and its pictures are called …cccccc_9: give up to 98'),
+    ]
+    assert plan_of(rows)[1] == []
+    assert 'give up to 97' in plan_of(rows, num_images=11)[1][0][1]
 
 
 def test_blank_prompts_are_said():

@@ -80,16 +80,19 @@ def test_rejected_rows_name_their_line_and_keep_their_place(tmp_path):
     said += ['size is', 'height is 0', 'id is', 'NUL', 'UTF-8', 'no JSON']
     for reject, part in zip(table.rejects, said, strict=True):
         assert part in reject.error and '\n' not in reject.error, reject
-        assert len(reject.row) <= 1000
+        assert reject.row == lines[reject.line - 1][:1000]
+    assert table.reject(17, UserError('why')) == Reject(17, 'why', '{"prompt": "good too"}')
 
 
 def test_broken_csv_names_the_first_line_of_the_row(tmp_path):
     text = 'prompt,seed\na cat,1\n"two\nlines",2\nlone,comma,3\n"stray"quote,4\nlast,5\n'
     table = read(file(tmp_path, 'p.csv', text))
     assert prompts(table) == [(0, 2, 'a cat'), (1, 3, 'two\nlines'), (4, 7, 'last')]
-    assert [reject.line for reject in table.rejects] == [5, 6]
+    assert [(reject.line, reject.row) for reject in table.rejects] == [(5, 'lone,comma,3'), (6, '"stray"quote,4')]
+    assert table.reject(3, UserError('why')).row == '"two\nlines",2'
     open_quote = read(file(tmp_path, 'q.csv', 'prompt\na cat\n"no end\nx\n'))
     assert open_quote.rejects[0].line == 3 and 'line 4 is broken' in open_quote.rejects[0].error
+    assert open_quote.rejects[0].row == '"no end\nx'
 
 
 def test_long_fields_and_strange_names(tmp_path):

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from fake_job import Numbers, contents, pack
 from PIL import Image
 
-from muse.errors import UserError
+from muse.errors import InputWarning, UserError
 from muse.jobs import stores
 from muse.jobs.rows import Reject
 from muse.jobs.run import open_store, run, write_rejects
@@ -56,8 +57,9 @@ def test_what_is_written(whole):
             assert len(tar.getmembers()) == 16 and all(member.mtime == 0 for member in tar)
             picture, about, text = (tar.extractfile(f'0003_x.{end}').read() for end in ('png', 'json', 'txt'))  # pyright: ignore[reportOptionalMemberAccess]
         assert text == b'number 3'
-    assert json.loads(about) == {'prompt': 'number 3', 'seed': 0}
-    assert Image.open(io.BytesIO(picture)).text == {'prompt': 'number 3', 'seed': '0'}  # pyright: ignore[reportAttributeAccessIssue]
+    written = {'prompt': 'number 3', 'seed': 0, 'muse_version': '0'}
+    assert json.loads(about) == written
+    assert Image.open(io.BytesIO(picture)).text == {**written, 'seed': '0'}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_nothing_is_drawn_twice(whole, tmp_path):
@@ -195,6 +197,56 @@ def test_a_shorter_shard_of_the_same_pictures_is_another_job(tmp_path):
     do(tmp_path, 'webdataset', Numbers(10, 5))
     with pytest.raises(UserError, match='not of this job'):
         do(tmp_path, 'webdataset', Numbers(10, 4))
+
+
+def test_overwriting_by_a_smaller_job_leaves_no_shard_of_the_larger_one(tmp_path):
+    """Else training, which reads all tars of a folder, would read pictures that the manifest does not name."""
+    out, smaller = tmp_path / 'out', Numbers(7, 4, seed=1)
+    do(out, 'webdataset', Numbers(10, 4))
+    (out / '00003.tar').write_bytes(b'mine')  # no tar
+    shutil.copy(out / '00002.tar', out / '2.tar')  # a name that no job gives
+    foreign(out / '00004.tar')
+    (out / '00005.tar').mkdir()
+    kept = {name: (out / name).read_bytes() for name in ('00003.tar', '2.tar', '00004.tar')}
+    with pytest.warns(InputWarning) as caught:
+        do(out, 'webdataset', smaller, overwrite=True)
+    said = [str(warning.message) for warning in caught]
+    assert said[0].startswith('removed') and said[0].endswith("00002.tar'")
+    assert "00003.tar' and 2 more stays" in said[1] and len(said) == 2
+    (out / '00005.tar').rmdir()
+    do(tmp_path / 'whole', 'webdataset', smaller)
+    assert contents(out) == contents(tmp_path / 'whole') | kept
+
+
+def foreign(path: Path) -> None:
+    """A tar of pictures as others write them."""
+    with tarfile.open(path, 'w') as tar:
+        for name in ('a.png', 'a.json', 'a.txt'):
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b'{}'))
+
+
+def test_shards_stay_without_overwriting_and_while_the_job_is_not_whole(tmp_path):
+    """More pictures of the same job were drawn before: nothing is in the way, and nothing is taken away."""
+    do(tmp_path, 'webdataset', Numbers(12, 4))
+    do(tmp_path, 'webdataset', Numbers(4, 4))
+    assert (tmp_path / '00002.tar').exists()
+    files = [json.loads(line)['file'] for line in (tmp_path / 'manifest.jsonl').read_text().splitlines()]
+    assert sorted(files) == [f'{n:04d}_x.png' for n in range(12)]
+    smaller = Numbers(8, 4, seed=1)
+    do(tmp_path, 'webdataset', smaller, process=0, count=2, overwrite=True)
+    assert (tmp_path / '00002.tar').exists()
+    with pytest.warns(InputWarning, match='^removed .*00002.tar'):
+        do(tmp_path, 'webdataset', smaller, process=1, count=2, overwrite=True)
+    assert len((tmp_path / 'manifest.jsonl').read_text().splitlines()) == 8
+
+
+def test_a_manifest_names_no_pictures_that_their_shard_has_lost(tmp_path):
+    do(tmp_path, 'webdataset', Numbers(8, 4))
+    do(tmp_path, 'webdataset', Numbers(6, 3, seed=1), overwrite=True)
+    files = [json.loads(line)['file'] for line in (tmp_path / 'manifest.jsonl').read_text().splitlines()]
+    assert files == [f'{n:04d}_x.png' for n in range(6)]
 
 
 @pytest.mark.parametrize('form', FORMS)
