@@ -102,7 +102,20 @@ def test_the_release_of_a_finetune_is_the_shipped_shape():
         assert getattr(run.model, key) == getattr(shipped, key), key
 
 
-def test_only_a_base_is_joined_into_a_release():
+def test_only_a_base_is_joined_into_a_release(tmp_path):
     run = read_run(json.loads(golden('configs/tiny/tokenizer.py')))
     with pytest.raises(UserError, match="--release is for a base, not for task 'tokenizer'"):
-        check_release(run)
+        check_release(run, str(tmp_path))
+
+
+def test_a_release_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = read_run(json.loads(golden('configs/own_data/finetune.py')))
+    (tmp_path / 'file').touch()
+    for folder in ('file', 'file/below'):
+        with pytest.raises(UserError, match="cannot be made, '.*file' is a file: choose another --release"):
+            check_release(run, str(tmp_path / folder))
+    with pytest.raises(UserError, match="release 'muse/../muse/assets' is the tokenizer of the run"):
+        check_release(run, 'muse/../muse/assets')
+    assert check_release(run, str(tmp_path / 'new/release')) == run
+    assert not (tmp_path / 'new').exists()

@@ -37,9 +37,11 @@ def index_folder(folder: Path) -> tuple[Rows, Skipped]:
     if not folder.is_dir():
         raise UserError(f"'{folder}' is not a folder: set data.path to a folder of pictures with captions.jsonl")
     found = [folder / name for name in _CAPTION_FILES if (folder / name).is_file()]
-    if len(found) != 1:
-        what = 'neither captions.jsonl nor captions.csv' if not found else 'both captions.jsonl and captions.csv'
-        raise UserError(f"'{folder}' holds {what}: keep exactly one of them there")
+    if not found:
+        way_out = 'write one with a line {"file": "1.jpg", "caption": "a cat"} for each picture'
+        raise UserError(f"'{folder}' holds neither captions.jsonl nor captions.csv: {way_out}")
+    if len(found) > 1:
+        raise UserError(f"'{folder}' holds both captions.jsonl and captions.csv: keep one of them there")
     stat = found[0].stat()
     return _index(found[0], (stat.st_size, stat.st_mtime_ns))
 

@@ -235,7 +235,9 @@ class _Own:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         owned = {key: np.array(value) for key, value in batch.items() if key != 'txt'}
-        return owned | ({'txt': self._pad(batch['txt'], batch['len'])} if 'txt' in batch else {})
+        owned |= {'txt': self._pad(batch['txt'], batch['len'])} if 'txt' in batch else {}
+        batch.clear()  # the last one would lie in frames of grain until the process ends, which warns of a leak then
+        return owned
 
 
 def _read(batches: grain.MapDataset[dict[str, Any]], data: DataConfig) -> grain.DatasetIterator[dict[str, Any]]:

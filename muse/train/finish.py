@@ -11,16 +11,25 @@ from muse.config import BaseRun, Run
 from muse.errors import UserError
 from muse.release.format import shipped
 from muse.release.join import join_release
+from muse.train.workdir import check_folder
 
 
-def check_release(run: Run) -> BaseRun:
+def check_release(run: Run, folder: str) -> BaseRun:
     """Checks before a run that `write_release` will have what it needs.
 
     Raises:
-        UserError: the run trains no base, or JAX was told to do without the CPU.
+        UserError: the run trains no base, the folder cannot be written or holds what the run reads, or JAX was told to
+            do without the CPU.
     """
     if not isinstance(run, BaseRun):
         raise UserError(f"--release is for a base, not for task '{run.task}': join the parts with tools/export.py")
+    check_folder(Path(folder), 'release')
+    read = {'tokenizer': run.tokenizer, 'text_encoder': run.text_encoder or str(shipped()), 'init_from': run.init_from}
+    for key, value in read.items():
+        if value and Path(value).resolve() == Path(folder).resolve():
+            raise UserError(
+                f"release '{folder}' is the {key} of the run and would be overwritten: choose another --release"
+            )
     _cpu()
     return run
 

@@ -30,11 +30,7 @@ def check_workdir(workdir: Path, config: Run) -> None:
     Raises:
         UserError: it cannot be written, or holds a run of another model.
     """
-    existing = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise UserError(f"workdir '{workdir}' cannot be made, '{existing}' is a file: choose another --workdir")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"workdir '{workdir}' cannot be written: choose another --workdir")
+    check_folder(workdir, 'workdir')
     path = workdir / 'config.json'
     if not path.exists():
         return
@@ -45,6 +41,19 @@ def check_workdir(workdir: Path, config: Run) -> None:
     wanted = json.loads(json.dumps(to_dict(config)))
     for part in ('task', 'model'):
         _same(found.get(part), wanted[part], part, workdir)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Checks that the folder of a flag is there or can be made, and can be written; writes nothing.
+
+    Raises:
+        UserError: it cannot.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag} '{folder}' cannot be made, '{existing}' is a file: choose another --{flag}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} '{folder}' cannot be written: choose another --{flag}")
 
 
 def _same(found: Any, wanted: Any, key: str, workdir: Path) -> None:

@@ -1,9 +1,12 @@
 """The loader: the same examples whatever the hosts, the workers and the restarts."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from shell import ENVIRONMENT, ROOT
 
 from muse.config import DataConfig
 from muse.data.pipeline import make_loader
@@ -54,6 +57,26 @@ def test_worker_processes_change_nothing():
     data = DataConfig(kind='scenes', image_size=32, workers=2)
     for one, two in zip(batches(5), batches(5, data=data), strict=True):
         assert_equal(one, two)
+
+
+TO_THE_END = """
+from muse.config import DataConfig
+from muse.data.pipeline import make_loader
+
+if __name__ == '__main__':
+    data = DataConfig(kind='scenes', split='heldout_pairs', image_size=32, workers=2)
+    print(len(list(make_loader(data, batch_size=26, seed=0, repeat=False))))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_read_to_the_end_leaves_no_shared_memory(tmp_path):
+    """Python warns of a leak where the workers' last batch is still held when the process ends."""
+    (tmp_path / 'script.py').write_text(TO_THE_END)
+    command, path = [sys.executable, str(tmp_path / 'script.py')], {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(command, env=ENVIRONMENT | path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, '1\n'), done.stderr
+    assert 'leaked' not in done.stderr
 
 
 def test_each_epoch_shows_every_record_once_in_a_new_order():
