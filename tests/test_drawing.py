@@ -16,8 +16,11 @@ from muse import drawing
 from muse.aot.count import count
 from muse.aot.hlo import parse
 from muse.config import DecodeConfig
+from muse.models import fused
+from muse.models.fused import FusedLayers
 from muse.models.superres import Superres
-from muse.models.transformer import Transformer
+from muse.models.transformer import Block, Transformer
+from muse.nn.fused_linear import Tiles
 from muse.release.format import graphdef_and_template
 from muse.train.flops import base_draw_flops, superres_draw_flops
 
@@ -57,9 +60,59 @@ def test_the_base_without_attention_over_the_null_draws_the_same():
     assert len(np.unique(tokens[-1])) > 4
     # As many operations as the formula says, and fewer than with that attention.
     formula = base_draw_flops(tiny.BASE, 2, STEPS)
-    own = tiny.BASE.layers * 2 * tiny.BASE.width**2  # each layer's constant
+    # Each layer's constant, and the row of keys and values that its null overwrites.
+    own = tiny.BASE.layers * (2 + 2 * 2 * 2) * tiny.BASE.width**2
     assert count(parse(fast.as_text()), 1).flops == pytest.approx(formula + own, rel=1e-3)
     assert count(parse(plain.as_text()), 1).flops > 1.03 * formula
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers apart and fused, their kernels interpreted."""
+    monkeypatch.setattr(drawing, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(drawing, 'gpu_kernels', lambda: True)
+    monkeypatch.setattr(fused, 'tiles_for', lambda product, dtype: Tiles(16, 16, 16, 2, 4))
+
+
+@pytest.mark.slow
+def test_fused_layers_draw_the_same(monkeypatch):
+    plain, arguments = compiled(drawing.fill_base, 'base', tiny.BASE, states_of_both=False)
+    as_on_a_gpu(monkeypatch)
+    jax.clear_caches()
+    found, _ = compiled(drawing.fill_base, 'base', tiny.BASE, states_of_both=False)
+    np.testing.assert_array_equal(found(*arguments), plain(*arguments))
+    jax.clear_caches()  # nobody else draws so
+
+
+@pytest.mark.slow
+def test_a_fused_super_res_draws_the_same(monkeypatch):
+    """Also through windows, since the canvas is larger than the trained one."""
+    low_BT = np.random.default_rng(1).integers(0, 64, (2, 24))
+    grid = (8, 12)
+    graph, params = loud('superres', tiny.SUPERRES)
+    canvas_BT = np.zeros((2, 96), np.int32)
+    given = batch(tiny.SUPERRES, states_of_both=False)
+
+    def draw() -> np.ndarray:
+        jax.clear_caches()
+        program = drawing.program_of(DECODE)
+        arguments = (params, low_BT, canvas_BT, canvas_BT > 0, given)
+        return np.asarray(drawing.fill_superres(*arguments, graph=graph, grid=grid, program=program))
+
+    plain = draw()
+    as_on_a_gpu(monkeypatch)
+    np.testing.assert_array_equal(draw(), plain)
+    jax.clear_caches()
+
+
+def test_kernels_are_asked_for_and_not_for_a_mesh_of_several_devices(monkeypatch):
+    monkeypatch.setattr(drawing, 'platform', lambda: 'gpu')
+    graph, params = loud('base', tiny.BASE)
+    kinds = [type(drawing._merged(graph, params).blocks[0])]
+    monkeypatch.setattr(drawing, 'gpu_kernels', lambda: True)
+    kinds.append(type(drawing._merged(graph, params).blocks[0]))
+    monkeypatch.setattr(drawing, '_is_split', lambda: True)
+    kinds.append(type(drawing._merged(graph, params).blocks[0]))
+    assert kinds == [Block, FusedLayers, Block]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from muse.config import SuperresConfig
 from muse.errors import UserError
 from muse.models.transformer import Block, GridPositions, Memory, keys_values_of
-from muse.nn.attention import MultiAxisAttention, SelfAttention, from_blocks, to_blocks
+from muse.nn.attention import MultiAxisAttention, SelfAttention, from_blocks, to_blocks, with_null
 from muse.nn.layers import MLP, Embed, Linear, RMSNorm, scan_layers, stack
 
 Grid = tuple[int, int]
@@ -38,8 +38,9 @@ class LowBlock(nnx.Module):
         self.mlp = MLP(config.width, config.mlp_dim, rngs=rngs, out_scale=out_scale)
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        x_BTD = x_BTD + self.self_attention(self.self_norm(x_BTD))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD, read_BTD = self.self_norm.beside(x_BTD)
+        x_BTD, read_BTD = self.mlp_norm.after(x_BTD, self.self_attention(read_BTD))
+        return x_BTD + self.mlp(read_BTD)
 
 
 class Superres(nnx.Module):
@@ -66,6 +67,11 @@ class Superres(nnx.Module):
     @property
     def mask_id(self) -> int:
         return self.config.codebook_size
+
+    def stacks(self) -> dict[str, int]:
+        """Names of the attributes that are stacked layers, and how many layers each has."""
+        low = {'low_blocks': self.config.low_layers} if self.config.low_layers else {}
+        return {'blocks': self.config.layers, **low}
 
     def low_grid(self, grid: Grid | None = None) -> Grid:
         """Rows and columns of the low-res tokens that belong to a high-res grid (the trained one when None).
@@ -131,7 +137,7 @@ class Superres(nnx.Module):
         return self._run(tok_BT, apply, None, grid)
 
     def _read(self, low_BT, txt_BSD, grid):
-        """The memory before it becomes keys and values: low-res, then text, so that real rows are a prefix."""
+        """The memory before it becomes keys and values: null, low-res, text, in this order: real rows are a prefix."""
         config = self.config
         x_BTD = self.low_tokens(low_BT, config.dtype)
         x_BTD = x_BTD + self.low_positions(self.low_grid(grid)).astype(config.dtype)
@@ -139,7 +145,7 @@ class Superres(nnx.Module):
             unroll = min(config.unroll, config.low_layers)
             x_BTD = scan_layers(self.low_blocks, lambda block, x, _: block(x), x_BTD, remat=config.remat, unroll=unroll)
         text_BSD = self.text_norm(self.text_projection(txt_BSD.astype(config.dtype)))
-        return jnp.concatenate([self.low_norm(x_BTD), text_BSD], axis=1)
+        return with_null(jnp.concatenate([self.low_norm(x_BTD), text_BSD], axis=1))
 
     def _real(self, len_B, grid):
         rows, columns = self.low_grid(grid)

@@ -7,6 +7,7 @@ Choices where the paper is silent are listed in docs/design.md.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from muse.config import SuperresConfig, TransformerConfig
-from muse.nn.attention import CrossAttention, KeysValues, MultiAxisAttention, SelfAttention
+from muse.nn.attention import CrossAttention, KeysValues, MultiAxisAttention, SelfAttention, with_null
 from muse.nn.layers import MLP, Embed, Linear, RMSNorm, cast_matrices, param, scan_layers, stack
 
-Memory = KeysValues | list[KeysValues]  # of every layer: each array has a leading axis of layers, or a list of layers
+# Of every layer: each array has a leading axis of layers, or a list of layers (fused ones: one list of all).
+Memory = KeysValues | list[KeysValues] | list[list[KeysValues]]
 
 
 class Block(nnx.Module):
@@ -46,17 +48,22 @@ class Block(nnx.Module):
         self, x_RTD: Float[Array, 'R T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']
     ) -> Float[Array, 'R T D']:
         with jax.named_scope('self'):
-            x_RTD = x_RTD + self.self_attention(self.self_norm(x_RTD))
+            x_RTD, read_RTD = self.self_norm.beside(x_RTD)
+            more_RTD = self.self_attention(read_RTD)
         with jax.named_scope('cross'):
-            x_RTD = x_RTD + self._read(x_RTD, keys_values, lengths_B)
+            if x_RTD.shape[0] == lengths_B.shape[0]:
+                x_RTD, read_RTD = self.cross_norm.after(x_RTD, more_RTD)
+                more_RTD = self.cross_attention(read_RTD, keys_values, lengths_B)
+            else:
+                x_RTD = x_RTD + more_RTD
+                more_RTD = self._read_some(x_RTD, keys_values, lengths_B)
         with jax.named_scope('mlp'):
-            return x_RTD + self.mlp(self.mlp_norm(x_RTD))
+            x_RTD, read_RTD = self.mlp_norm.after(x_RTD, more_RTD)
+            return x_RTD + self.mlp(read_RTD)
 
-    def _read(self, x_RTD: Float[Array, 'R T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']) -> Array:
-        """Cross-attention. Where R = n · B, the first of each n rows reads a memory and the others read nothing."""
+    def _read_some(self, x_RTD: Float[Array, 'R T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']) -> Array:
+        """Cross-attention where R = n · B: the first of each n rows reads a memory and the others read nothing."""
         rows, (_, tokens, width) = lengths_B.shape[0], x_RTD.shape
-        if x_RTD.shape[0] == rows:
-            return self.cross_attention(self.cross_norm(x_RTD), keys_values, lengths_B)
         x_BnTD = x_RTD.reshape(rows, -1, tokens, width)
         read_BTD = self.cross_attention(self.cross_norm(x_BnTD[:, 0]), keys_values, lengths_B)
         others = (rows, x_BnTD.shape[1] - 1, tokens, width)
@@ -87,8 +94,11 @@ class GridPositions(nnx.Module):
         return (rows_RD[:, None] + columns_CD[None]).reshape(grid[0] * grid[1], -1)
 
 
-def keys_values_of(blocks: Block | nnx.List[Block], memory_BSD: Float[Array, 'B S D']) -> Memory:
-    """Cross-attention keys and values of every layer of a stack of `Block`s."""
+def keys_values_of(blocks: Block | nnx.List[Any], memory_BSD: Float[Array, 'B S1 D']) -> Memory:
+    """Cross-attention keys and values of every layer of a stack of `Block`s, of what `with_null` returned.
+
+    What stands in a list need not be a `Block`, only have its `cross_attention` (`muse.models.fused`).
+    """
     if isinstance(blocks, nnx.List):
         return [block.cross_attention.keys_values(memory_BSD) for block in blocks]
     graphdef, params = nnx.split(blocks, nnx.Param)
@@ -112,6 +122,10 @@ class Transformer(nnx.Module):
     @property
     def mask_id(self) -> int:
         return self.config.codebook_size
+
+    def stacks(self) -> dict[str, int]:
+        """Names of the attributes that are stacked layers, and how many layers each has."""
+        return {'blocks': self.config.layers}
 
     def memory(self, txt_BSD: Float[Array, 'B S D']) -> Memory:
         """Cross-attention keys and values of every layer, the arrays of `KeysValues` with layers in front.
@@ -155,7 +169,7 @@ class Transformer(nnx.Module):
         return self._run(tok_BT, apply, None, grid)
 
     def _project(self, txt_BSD):
-        return self.text_norm(self.text_projection(txt_BSD.astype(self.config.dtype)))
+        return with_null(self.text_norm(self.text_projection(txt_BSD.astype(self.config.dtype))))
 
     def _run(self, tok_BT, apply, per_layer, grid):
         config = self.config

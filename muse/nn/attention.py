@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from muse.errors import UserError
-from muse.nn.layers import ROWS, Linear, RMSNorm, mesh_split, param, platform
+from muse.nn.attention_kernels import fits, normed_attention
+from muse.nn.devices import ROWS, mesh_split, platform
+from muse.nn.layers import Linear, RMSNorm, param
 
-Backend = Literal['auto', 'xla', 'cudnn', 'splash']
+Backend = Literal['auto', 'xla', 'cudnn', 'splash', 'fused']
 _SPLASH_BLOCK = 128
 _CUDNN_HEAD = 128  # the widest head its kernels take on every chip
 _CUDNN_BIAS = 8  # queries and keys come in multiples of this where there is a bias
@@ -43,9 +45,9 @@ def attention(
         bias_1NTS: added to the scaled logits (T5's relative positions).
         scale: factor on q·k.
         backend: 'xla' (reference), 'cudnn' (GPU, bf16 or fp16 only), 'splash' (TPU), or 'auto': the chip's own where it
-            takes the shapes and types, else 'xla'.
+            takes the shapes and types, else 'xla'. 'fused' is a matter of the modules below, and 'auto' here.
     """
-    if backend == 'auto':
+    if backend in ('auto', 'fused'):
         backend = _native(q_BTNH, has_bias=bias_1NTS is not None)
     if backend == 'splash':
         return _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale)
@@ -139,6 +141,21 @@ def project(self: SelfAttention | MultiAxisAttention, x_BTD: Float[Array, 'B T D
     return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
 
 
+def _fused(backend: Backend, q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> bool:
+    """Whether this project's own kernels, which hold the norms too, are asked for and take the shapes and types."""
+    half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    return backend == 'fused' and (half or platform() == 'cpu') and fits(q_BTNH, k_BSNH, groups)
+
+
+def _normed_attention(
+    self: SelfAttention | MultiAxisAttention, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, groups: int = 1
+) -> Float[Array, 'B T N H']:
+    lengths_B = jnp.full(q_BTNH.shape[0], k_BTNH.shape[1] // groups, jnp.int32)
+    scales = self.query_norm.scale[...], self.key_norm.scale[...]
+    options = {'scale': self.head_dim**-0.5, 'epsilon': self.query_norm.epsilon, 'groups': groups}
+    return normed_attention(q_BTNH, k_BTNH, v_BTNH, *scales, lengths_B, **options)
+
+
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with QK-norm, without biases."""
 
@@ -154,9 +171,15 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         q_BTNH, k_BTNH, v_BTNH = (_heads(x, self.heads) for x in project(self, x_BTD))
-        q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
-        y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, scale=self.head_dim**-0.5, backend=self.backend)
+        if _fused(self.backend, q_BTNH, k_BTNH):
+            y_BTNH = _normed_attention(self, q_BTNH, k_BTNH, v_BTNH)
+        else:
+            y_BTNH = self.attend(self.query_norm(q_BTNH), self.key_norm(k_BTNH), v_BTNH)
         return self.out(y_BTNH.reshape(x_BTD.shape))
+
+    def attend(self, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array) -> Float[Array, 'B T N H']:
+        """What lies between the projections: every token to every token."""
+        return attention(q_BTNH, k_BTNH, v_BTNH, scale=self.head_dim**-0.5, backend=self.backend)
 
 
 def to_blocks(x: Array, grid: tuple[int, int], block: int) -> Array:
@@ -200,13 +223,20 @@ class MultiAxisAttention(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
         q_BTNH, k_BTNH, v_BTNH = (_heads(x, self.heads) for x in project(self, x_BTD))
-        q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
+        if _fused(self.backend, q_BTNH, k_BTNH, groups=self.block_tokens):
+            y_BTNH = _normed_attention(self, q_BTNH, k_BTNH, v_BTNH, groups=self.block_tokens)
+        else:
+            y_BTNH = self.attend(self.query_norm(q_BTNH), self.key_norm(k_BTNH), v_BTNH)
+        return self.out(y_BTNH.reshape(x_BTD.shape))
+
+    def attend(self, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array) -> Float[Array, 'B T N H']:
+        """What lies between the projections: half of the heads within the blocks, the others across them."""
         local, across = zip(*(self._axes(x) for x in (q_BTNH, k_BTNH, v_BTNH)), strict=True)
-        scale, shape = self.head_dim**-0.5, (x_BTD.shape[0], -1, self.block_tokens, self.heads // 2, self.head_dim)
+        scale, shape = self.head_dim**-0.5, (q_BTNH.shape[0], -1, self.block_tokens, self.heads // 2, self.head_dim)
         y_local = attention(*local, scale=scale, backend=self.backend).reshape(shape)
         y_across = attention(*across, scale=scale, backend=self.backend)
         y_across = y_across.reshape(shape[0], self.block_tokens, -1, *shape[3:]).swapaxes(1, 2)
-        return self.out(jnp.stack([y_local, y_across], axis=4).reshape(x_BTD.shape))
+        return jnp.stack([y_local, y_across], axis=4).reshape(q_BTNH.shape)
 
     def _axes(self, x_BTNH: Float[Array, 'B T N H']) -> tuple[Array, Array]:
         """`[B·blocks, tokens, N/2, H]` for the heads within blocks, `[B·tokens, blocks, N/2, H]` for those across.
@@ -224,6 +254,11 @@ class KeysValues(NamedTuple):
     keys_BSNH: Float[Array, 'B S1 N H']
     values_BSNH: Float[Array, 'B S1 N H']
     nothing_D: Float[Array, ' D']  # the layer's whole output where the length is 0: attention over the null alone
+
+
+def with_null(memory_BSD: Float[Array, 'B S D']) -> Float[Array, 'B S1 D']:
+    """A memory with a row of zeros in first place: there `CrossAttention.keys_values` puts each layer's null."""
+    return jnp.pad(memory_BSD, ((0, 0), (1, 0), (0, 0)))
 
 
 class CrossAttention(nnx.Module):
@@ -251,23 +286,38 @@ class CrossAttention(nnx.Module):
         self.null_key = param(small, rngs, (heads, self.head_dim), ('heads', None))
         self.null_value = param(small, rngs, (heads, self.head_dim), ('heads', None))
 
-    def keys_values(self, memory_BSD: Float[Array, 'B S D']) -> KeysValues:
-        """Keys and values of the memory behind the null's: computed once a prompt."""
-        k_BSNH, v_BSNH = _heads(self.key(memory_BSD), self.heads), _heads(self.value(memory_BSD), self.heads)
+    def keys_values(self, memory_BSD: Float[Array, 'B S1 D']) -> KeysValues:
+        """Keys and values of the null and of the memory behind it: computed once a prompt.
 
-        def prepend(null, x):
-            null_B1NH = jnp.broadcast_to(null[...].astype(x.dtype), (x.shape[0], 1, *x.shape[2:]))
-            return jnp.concatenate([null_B1NH, x], axis=1)
+        Args:
+            memory_BSD: what `with_null` returned.
+        """
 
+        def null_first(linear: Linear, null: nnx.Param) -> Array:
+            # The null's row of the product is overwritten where it lies; put in front, all others would be copied.
+            x_BSNH = _heads(linear(memory_BSD), self.heads)
+            null_B1NH = jnp.broadcast_to(null[...].astype(x_BSNH.dtype), (x_BSNH.shape[0], 1, *null.shape))
+            return jax.lax.dynamic_update_slice(x_BSNH, null_B1NH, (0, 0, 0, 0))
+
+        keys, values = null_first(self.key, self.null_key), null_first(self.value, self.null_value)
         nothing_D = self.out(self.null_value[...].astype(memory_BSD.dtype).reshape(-1))
-        return KeysValues(self.key_norm(prepend(self.null_key, k_BSNH)), prepend(self.null_value, v_BSNH), nothing_D)
+        return KeysValues(self.key_norm(keys), values, nothing_D)
 
     def __call__(
         self, x_BTD: Float[Array, 'B T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']
     ) -> Float[Array, 'B T D']:
         """Reads the memory; `lengths_B` counts its real rows without the null, 0 is no condition."""
-        q_BTNH = self.query_norm(_heads(self.query(x_BTD), self.heads))
+        q_BTNH = _heads(self.query(x_BTD), self.heads)
+        if _fused(self.backend, q_BTNH, keys_values.keys_BSNH):
+            options = {'scale': self.head_dim**-0.5, 'epsilon': self.query_norm.epsilon}
+            scale_H, (keys, values, _) = self.query_norm.scale[...], keys_values
+            y_BTNH = normed_attention(q_BTNH, keys, values, scale_H, None, lengths_B + 1, **options)
+        else:
+            y_BTNH = self.attend(self.query_norm(q_BTNH), keys_values, lengths_B)
+        return self.out(y_BTNH.reshape(x_BTD.shape))
+
+    def attend(self, q_BTNH: Array, keys_values: KeysValues, lengths_B: Int[Array, ' B']) -> Float[Array, 'B T N H']:
+        """What lies between the projections of `__call__`."""
         k, v, _ = keys_values
         scale = self.head_dim**-0.5
-        y_BTNH = attention(q_BTNH, k, v, lengths_B=lengths_B + 1, scale=scale, backend=self.backend)
-        return self.out(y_BTNH.reshape(x_BTD.shape))
+        return attention(q_BTNH, k, v, lengths_B=lengths_B + 1, scale=scale, backend=self.backend)

@@ -14,16 +14,20 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-ROWS = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
+from muse.nn.attention_kernels import ATTENTION_KERNEL
+from muse.nn.devices import ROWS, mesh_split
+from muse.nn.devices import platform as platform  # where others look for it
+from muse.nn.norms import norm_after, norm_beside, rms_norm
+
 Axes = tuple[str | None, ...]
 Init = Callable[..., Array]
 BlockT = TypeVar('BlockT', bound=nnx.Module)
 StateT = TypeVar('StateT')
 _ALIGNED = 128
+_GELU_RATE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715  # of GELU by tanh
 
 _fan_in = nnx.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
@@ -31,19 +35,6 @@ _fan_in = nnx.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 def param(init: Init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes) -> nnx.Param:
     """A float32 parameter of `shape` whose dimensions are named `axes` (None: never sharded)."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
-
-
-def mesh_split(size: int, *axes: str) -> tuple[str, ...] | None:
-    """`axes`, where the mesh of `jax.set_mesh` has them and they split a dimension of `size` evenly; else None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = all(axis in mesh.axis_names for axis in axes) and all(kind == AxisType.Auto for kind in mesh.axis_types)
-    return axes if ours and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
-
-
-def platform() -> str:
-    """'cpu', 'tpu' …: of the mesh of `jax.set_mesh`, which may be of chips that are not there; else jax's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device is not None else None) or jax.default_backend()
 
 
 def split_rows(x: Array) -> Array:
@@ -96,9 +87,17 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, '... D']) -> Float[Array, '... D']:
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+    def beside(self, x: Float[Array, '... D']) -> tuple[Float[Array, '... D'], Float[Array, '... D']]:
+        """x as it is, and its norm: the stream and what a layer's first part reads of it."""
+        return norm_beside(x, self.scale[...], self.epsilon)
+
+    def after(
+        self, x: Float[Array, '... D'], more: Float[Array, '... D']
+    ) -> tuple[Float[Array, '... D'], Float[Array, '... D']]:
+        """x + more, and its norm: the stream after one part of a layer, and what the next part reads of it."""
+        return norm_after(x, more, self.scale[...], self.epsilon)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -147,6 +146,26 @@ class Embed(nnx.Module):
         return ids_or_weights.astype(dtype) @ table_VD[: ids_or_weights.shape[-1]].astype(dtype)
 
 
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """GELU by tanh. For its gradient x alone is kept, and one pass over it makes the gradient, in float32."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_forward(x):
+    return gelu(x), x
+
+
+def _gelu_backward(x, grad):
+    x32 = x.astype(jnp.float32)
+    tanh = jnp.tanh(_GELU_RATE * (x32 + _GELU_CUBE * x32**3))
+    slope = 0.5 * (1 + tanh) + 0.5 * x32 * (1 - tanh**2) * _GELU_RATE * (1 + 3 * _GELU_CUBE * x32**2)
+    return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 class MLP(nnx.Module):
     """Two-layer GELU perceptron without biases (tanh GELU)."""
 
@@ -155,7 +174,7 @@ class MLP(nnx.Module):
         self.down = Linear(hidden, width, ('mlp', 'embed'), rngs=rngs, scale=out_scale)
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        return self.down(jax.nn.gelu(self.up(x_BTD), approximate=True))
+        return self.down(gelu(self.up(x_BTD)))
 
 
 def stack(make: Callable[[nnx.Rngs], BlockT], layers: int, *, rngs: nnx.Rngs) -> BlockT:
@@ -177,13 +196,28 @@ def stack(make: Callable[[nnx.Rngs], BlockT], layers: int, *, rngs: nnx.Rngs) ->
 
 
 def unstack(stacked: BlockT, layers: int) -> nnx.List[BlockT]:
-    """The layers of what `stack` returned, one by one.
+    """The layers of what `stack` returned, one by one; `cast_matrices` belongs ahead of it.
 
-    For a loop around `scan_layers` that takes no gradient (drawing): a layer's weights are then arrays of their own
-    ahead of the loop, and are not copied out of the stack again in each of its steps.
+    A layer's weights are then arrays of their own: a loop around `scan_layers` (drawing) does not copy them out of the
+    stack again in each of its steps, and where a gradient is taken of them (`restack`) nothing that is kept for the
+    backward pass, and no gradient, is copied into stacks and out of them.
     """
     graphdef, params = nnx.split(stacked, nnx.Param)
     return nnx.List([nnx.merge(graphdef, jax.tree.map(lambda x: x[i], params)) for i in range(layers)])  # noqa: B023
+
+
+def restack(apart: nnx.State, stacked: nnx.State) -> nnx.State:
+    """Values of a model whose stacks were taken apart by `unstack`, in the form and the types of `stacked`."""
+    values = dict(nnx.to_flat_state(apart))
+
+    def joined(path: tuple[Any, ...], like: nnx.Variable) -> nnx.Variable:
+        if path in values:
+            value = values[path][...]
+        else:
+            value = jnp.stack([values[(path[0], i, *path[1:])][...] for i in range(like.shape[0])])
+        return like.replace(value.astype(like.dtype))
+
+    return nnx.from_flat_state([(path, joined(path, like)) for path, like in nnx.to_flat_state(stacked)])
 
 
 def cast_matrices(params: StateT, dtype: Any) -> StateT:
@@ -200,8 +234,8 @@ def cast_matrices(params: StateT, dtype: Any) -> StateT:
 
 
 def _keeps_dots(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Matrix products, and what cuDNN's attention leaves for its backward pass: it would be run again otherwise."""
-    if primitive.name.startswith('dot_product_attention_fwd'):
+    """Matrix products, and what attention leaves for its backward pass: it would be run again otherwise."""
+    if primitive.name.startswith('dot_product_attention_fwd') or params.get('name') == ATTENTION_KERNEL:
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 
@@ -221,7 +255,7 @@ def scan_layers(
     """Runs x through a stack of layers: x ← apply(layer, x, per_layer[i]) for each layer in turn.
 
     Args:
-        stacked: what `stack` returned; or what `unstack` made of it, and then `per_layer` is a list too.
+        stacked: what `stack` returned; or what `unstack` made of it, cast, and then `per_layer` is a list too.
         apply: (layer, x, extra) → x of the same shape and dtype.
         x: the carry.
         per_layer: pytree with a leading layers axis, one slice a layer, or None.
@@ -229,9 +263,7 @@ def scan_layers(
         unroll: layers a scan step.
     """
     if isinstance(stacked, nnx.List):
-        for i, layer in enumerate(stacked):
-            x = apply(layer, x, None if per_layer is None else per_layer[i])
-        return x
+        return _run_apart(stacked, apply, x, per_layer, remat)
     graphdef, params = nnx.split(stacked, nnx.Param)
     params = cast_matrices(params, x.dtype)
 
@@ -242,3 +274,23 @@ def scan_layers(
     if remat != 'none':
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, x, (params, per_layer), unroll=unroll)[0]
+
+
+def _run_apart(stacked, apply, x, per_layer, remat):
+    """`scan_layers` without a loop.
+
+    Without the border of a loop the compiler would find the recomputation to be what the forward pass did, and keep
+    that: `prevent_cse` forbids it.
+    """
+    for i, layer in enumerate(stacked):
+        extra, x = None if per_layer is None else per_layer[i], split_rows(x)
+        if remat == 'none':
+            x = apply(layer, x, extra)
+            continue
+        graphdef, params = nnx.split(layer, nnx.Param)
+
+        def run(params, x, extra, graphdef=graphdef):
+            return apply(nnx.merge(graphdef, params), x, extra)
+
+        x = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=True)(params, x, extra)
+    return x

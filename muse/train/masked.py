@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from muse import masking
 from muse.config import BaseRun, SuperresRun
+from muse.nn.layers import cast_matrices, restack, unstack
 from muse.nn.rows import mean_rows
 from muse.train.averages import Buckets
 from muse.train.micro_batches import over_micro_batches
@@ -62,13 +63,31 @@ def by_mask_ratio(
     return {f'{name}_mask': Buckets(jnp.sum(which_BK * x_B[:, None], axis=0), count_K) for name, x_B in rows.items()}
 
 
+def take_apart(graphdef: Any, params: nnx.State) -> tuple[Any, nnx.State]:
+    """The model with its stacks taken apart where its config unrolls all layers; else as it is.
+
+    The gradient is to be taken of what this returns, and `restack` is its way back: were the weights sliced out of
+    their stacks within the differentiated function, each layer's gradient would be as large as a stack.
+    """
+    model = nnx.merge(graphdef, params)
+    stacks = {name: layers for name, layers in model.stacks().items() if model.config.unroll >= layers}
+    if not stacks:
+        return graphdef, params
+    model = nnx.merge(graphdef, cast_matrices(params, model.config.dtype))
+    for name, layers in stacks.items():
+        setattr(model, name, unstack(getattr(model, name), layers))
+    return nnx.split(model, nnx.Param)
+
+
 def gradients(
     predict: Predict, graphdef: Any, params: nnx.State, batch: Batch, label_smoothing: float, accumulate: int
 ) -> tuple[nnx.State, Metrics]:
     """Gradients and metrics of a corrupted batch, in `accumulate` micro-batches of equal size (the same result)."""
 
+    apart_graphdef, apart = take_apart(graphdef, params)
+
     def loss(params: nnx.State, batch: Batch) -> tuple[Array, Metrics]:
-        logits_BTV = predict(nnx.merge(graphdef, params), batch)
+        logits_BTV = predict(nnx.merge(apart_graphdef, params), batch)
         loss_B = masking.masked_ce(logits_BTV, batch['tok'], batch['mask'], label_smoothing)
         accuracy_B = masking.masked_accuracy(logits_BTV, batch['tok'], batch['mask'])
         buckets = by_mask_ratio(batch['mask'], batch.get(WEIGHT), loss=loss_B, accuracy=accuracy_B)
@@ -77,8 +96,8 @@ def gradients(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def of(batch: Batch) -> tuple[tuple[nnx.State, Metrics], tuple[()]]:
-        (loss, metrics), grads = value_and_grad(params, batch)
-        return (grads, {'loss': loss, **metrics}), ()
+        (loss, metrics), grads = value_and_grad(apart, batch)
+        return (restack(grads, params), {'loss': loss, **metrics}), ()
 
     return over_micro_batches(of, batch, accumulate)[0]
 

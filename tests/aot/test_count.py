@@ -80,7 +80,9 @@ def test_the_models_formula_is_the_count_of_the_unrolled_program(kind):
     tokens = config.grid[0] * config.grid[1]
     args = [shape(3, tokens, dtype=jnp.int32), *extra, shape(3, 7, 24), shape(3, dtype=jnp.int32)]
     found = counted(lambda params, *args: nnx.merge(graphdef, params)(*args), params, *args)
-    assert found.flops == pytest.approx(formula, rel=1e-6)
+    # The formula leaves out the row of the null, which a layer's product makes and then overwrites (`with_null`).
+    nulls = 2 * 2 * 3 * config.width**2 * config.layers
+    assert found.flops == pytest.approx(formula + nulls, rel=1e-6)
     assert not found.unknown
 
 

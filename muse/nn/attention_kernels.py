@@ -1,0 +1,243 @@
+"""GPU kernels of attention over few keys, with the norms of queries and keys inside: a candidate beside cuDNN's.
+
+All keys of a row fit into one program, so that its softmax needs no second look, and the backward pass needs nothing of
+the forward one: it makes queries' and keys' norms and the weights again, and the gradients of all three and of both
+norms' scales in one pass over memory. Multi-axis attention is the same kernel over rows that lie apart: nothing is
+copied into the order of blocks or out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from muse.nn.devices import ROWS, mesh_split, platform
+
+ATTENTION_KERNEL = 'attention_forward'  # the name of the forward pass in a program
+_KEYS = (16, 256)
+_HEADS = (16, 64)
+# Up to so many keys the backward pass takes this many queries a turn, in this many warps: what leaves registers for the
+# gradients of the keys and values.
+TURNS = {64: (64, 4), 128: (64, 8), 256: (32, 8)}
+_NEVER = -1e30  # a logit of what must not be seen
+
+
+def fits(q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> bool:
+    """Whether the kernels take these shapes: powers of two, all keys of a group in one program."""
+    keys, queries, head = k_BSNH.shape[1] // groups, q_BTNH.shape[1] // groups, q_BTNH.shape[-1]
+    powers = all(n & (n - 1) == 0 for n in (keys, head))
+    sizes = _KEYS[0] <= keys <= _KEYS[1] and _HEADS[0] <= head <= _HEADS[1]
+    square = groups == 1 or q_BTNH.shape[1] == groups**2
+    return powers and sizes and square and queries > 0 and queries % _turn(keys)[0] == 0
+
+
+def _turn(keys: int) -> tuple[int, int]:
+    queries, warps = next(turn for most, turn in TURNS.items() if keys <= most)
+    return min(queries, keys), warps
+
+
+def normed_attention(
+    q_BTNH: Float[Array, 'B T N H'],
+    k_BSNH: Float[Array, 'B S N H'],
+    v_BSNH: Float[Array, 'B S N H'],
+    query_scale_H: Float[Array, ' H'],
+    key_scale_H: Float[Array, ' H'] | None,
+    lengths_B: Int[Array, ' B'],
+    *,
+    scale: float,
+    epsilon: float,
+    groups: int = 1,
+) -> Float[Array, 'B T N H']:
+    """Attention of queries and keys behind their root-mean-square norms.
+
+    Args:
+        q_BTNH, k_BSNH, v_BSNH: before the norms; of shapes that `fits`.
+        query_scale_H, key_scale_H: of the norms; None for keys that are normed already.
+        lengths_B: how many keys of each row are real, at least 1; with `groups`, of each group.
+        scale: factor on q·k.
+        epsilon: of the norms.
+        groups: 1, or the number G of blocks of multi-axis attention, which is also the number of tokens of a block: an
+            even head attends within token runs G·g … G·g + G − 1, an odd one across tokens g, G + g, 2·G + g …
+    """
+    run = partial(_attend, scale=scale, epsilon=epsilon, groups=groups, normed=key_scale_H is None)
+    scales = (query_scale_H, query_scale_H if key_scale_H is None else key_scale_H)
+    rows, heads = mesh_split(q_BTNH.shape[0], *ROWS), mesh_split(q_BTNH.shape[2], 'tensor')
+    if rows is None and heads is None:
+        return run(q_BTNH, k_BSNH, v_BSNH, *scales, lengths_B)
+    spec = P(rows, None, heads, None)
+    mapped = jax.shard_map(run, in_specs=(spec, spec, spec, P(), P(), P(rows)), out_specs=spec, check_vma=False)
+    return mapped(q_BTNH, k_BSNH, v_BSNH, *scales, lengths_B)
+
+
+def _attend(q, k, v, query_scale, key_scale, lengths, *, scale, epsilon, groups, normed):
+    options = _Options(scale, epsilon, groups, normed)
+    return _attention(q, k, v, query_scale, key_scale, lengths, options)
+
+
+class _Options(NamedTuple):
+    scale: float
+    epsilon: float
+    groups: int
+    normed: bool  # whether the keys are already
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, query_scale, key_scale, lengths, options):
+    return _forward(q, k, v, query_scale, key_scale, lengths, options)
+
+
+def _attention_forward(q, k, v, query_scale, key_scale, lengths, options):
+    return _forward(q, k, v, query_scale, key_scale, lengths, options), (q, k, v, query_scale, key_scale, lengths)
+
+
+def _attention_backward(options, residuals, grad):
+    dq, dk, dv, query_parts, key_parts = _backward(*residuals, grad, options)
+    query_scale, key_scale = residuals[3:5]
+    sums = [jnp.sum(x, axis=(0, 1, 2)) for x in (query_parts, key_parts)]
+    return dq, dk, dv, sums[0].astype(query_scale.dtype), sums[1].astype(key_scale.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _dot(a: Array, b: Array, along_a: int, along_b: int) -> Array:
+    return jax.lax.dot_general(a, b, (((along_a,), (along_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _inverse(x32: Array, epsilon: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(x32 * x32, axis=1, keepdims=True) + epsilon)
+
+
+def _norm(x: Array, scale_H: Array, epsilon: float) -> Array:
+    x32 = x.astype(jnp.float32)
+    return (x32 * _inverse(x32, epsilon) * scale_H[None, :]).astype(x.dtype)
+
+
+def _norm_gradients(x: Array, scale_H: Array, grad: Array, epsilon: float) -> tuple[Array, Array]:
+    x32 = x.astype(jnp.float32)
+    inverse = _inverse(x32, epsilon)
+    scaled = grad * scale_H[None, :]
+    along = jnp.mean(scaled * x32, axis=1, keepdims=True) * inverse * inverse
+    return inverse * (scaled - x32 * along), jnp.sum(grad * x32 * inverse, axis=0)
+
+
+def _places(group: Array, head: Array, groups: int, first: Array | int, count: int) -> Array:
+    """Tokens number `first` and following of a group: one after another, or for odd heads one of each block."""
+    numbers = first + jnp.arange(count)
+    if groups == 1:
+        return numbers
+    across = head % 2
+    return group * (across + (1 - across) * groups) + numbers * (across * groups + 1 - across)
+
+
+def _weights_transposed(k: Array, q: Array, length: Array, scale: float) -> Array:
+    """Softmax over the keys, `[keys, queries]`."""
+    logits = _dot(k, q, 1, 1) * (scale * math.log2(math.e))
+    logits = jnp.where((jnp.arange(k.shape[0]) < length)[:, None], logits, _NEVER)
+    powers = jnp.exp2(logits - jnp.max(logits, axis=0)[None, :])
+    return powers / jnp.sum(powers, axis=0)[None, :]
+
+
+def _pallas(kernel: Any, grid: tuple[int, ...], inputs: tuple, out_shape: list, name: str, warps: int) -> Any:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=platform() == 'cpu',
+        name=name,
+    )(*inputs)
+
+
+@partial(jax.jit, static_argnames='options')  # so that all layers are lowered once
+def _forward(q, k, v, query_scale, key_scale, lengths, options):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    scale, epsilon, groups, normed = options
+    (rows, tokens, heads, width), keys = q.shape, k.shape[1] // groups
+    queries = min(128 if keys > 64 else 64, tokens // groups)
+    queries = math.gcd(queries, tokens // groups)
+
+    def kernel(q_ref, k_ref, v_ref, query_scale_ref, key_scale_ref, lengths_ref, y_ref):
+        turn, place, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        group, head = place // heads, place % heads
+        columns = jnp.arange(width)[None, :]
+        at_q = (row, _places(group, head, groups, turn * queries, queries)[:, None], head, columns)
+        at_k = (row, _places(group, head, groups, 0, keys)[:, None], head, columns)
+        q = _norm(triton.load(q_ref.at[at_q]), query_scale_ref[...], epsilon)
+        k, v = triton.load(k_ref.at[at_k]), triton.load(v_ref.at[at_k])
+        k = k if normed else _norm(k, key_scale_ref[...], epsilon)
+        logits = _dot(q, k, 1, 1) * (scale * math.log2(math.e))
+        logits = jnp.where((jnp.arange(keys) < lengths_ref[row])[None, :], logits, _NEVER)
+        powers = jnp.exp2(logits - jnp.max(logits, axis=1)[:, None])
+        weights = powers / jnp.sum(powers, axis=1)[:, None]
+        triton.store(y_ref.at[at_q], _dot(weights.astype(v.dtype), v, 1, 0).astype(v.dtype))
+
+    grid = (tokens // groups // queries, groups * heads, rows)
+    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    warps = 8 if keys > 128 else 4
+    return _pallas(kernel, grid, (q, k, v, query_scale, key_scale, lengths), out_shape, ATTENTION_KERNEL, warps)[0]
+
+
+@partial(jax.jit, static_argnames='options')  # so that all layers are lowered once
+def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    scale, epsilon, groups, normed = options
+    (rows, tokens, heads, width), keys = q.shape, k.shape[1] // groups
+    queries, warps = _turn(keys)
+
+    def kernel(
+        q_ref, k_ref, v_ref, query_scale_ref, key_scale_ref, lengths_ref, grad_ref,
+        dq_ref, dk_ref, dv_ref, query_part_ref, key_part_ref,
+    ):  # fmt: skip
+        place, row = pl.program_id(0), pl.program_id(1)
+        group, head = place // heads, place % heads
+        columns, length = jnp.arange(width)[None, :], lengths_ref[row]
+        query_scale, key_scale = query_scale_ref[...], key_scale_ref[...]
+        at_k = (row, _places(group, head, groups, 0, keys)[:, None], head, columns)
+        k, v = triton.load(k_ref.at[at_k]), triton.load(v_ref.at[at_k])
+        normed_k = k if normed else _norm(k, key_scale, epsilon)
+
+        def turn(i, sums):
+            dk, dv, query_part = sums
+            at_q = (row, _places(group, head, groups, i * queries, queries)[:, None], head, columns)
+            q, grad = triton.load(q_ref.at[at_q]), triton.load(grad_ref.at[at_q])
+            normed_q = _norm(q, query_scale, epsilon)
+            weights = _weights_transposed(normed_k, normed_q, length, scale)
+            dv = dv + _dot(weights.astype(v.dtype), grad, 1, 0)
+            dweights = _dot(v, grad, 1, 1)
+            dlogits = weights * (dweights - jnp.sum(weights * dweights, axis=0)[None, :]) * scale
+            dlogits = dlogits.astype(q.dtype)
+            dk = dk + _dot(dlogits, normed_q, 1, 0)
+            dq, part = _norm_gradients(q, query_scale, _dot(dlogits, normed_k, 0, 0), epsilon)
+            triton.store(dq_ref.at[at_q], dq.astype(q.dtype))
+            return dk, dv, query_part + part
+
+        nothing = jnp.zeros((keys, width), jnp.float32)
+        sums = (nothing, nothing, jnp.zeros((width,), jnp.float32))
+        dk, dv, query_part = jax.lax.fori_loop(0, tokens // groups // queries, turn, sums)
+        key_part = jnp.zeros((width,), jnp.float32)
+        if not normed:
+            dk, key_part = _norm_gradients(k, key_scale, dk, epsilon)
+        triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
+        triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
+        at_part = (row, group, head, jnp.arange(width))
+        triton.store(query_part_ref.at[at_part], query_part)
+        triton.store(key_part_ref.at[at_part], key_part)
+
+    parts = jax.ShapeDtypeStruct((rows, groups, heads, width), jnp.float32)
+    out_shape = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), parts, parts]
+    inputs = (q, k, v, query_scale, key_scale, lengths, grad)
+    return _pallas(kernel, (groups * heads, rows), inputs, out_shape, 'attention_backward', warps)
