@@ -11,11 +11,14 @@ import pytest
 from flax import nnx
 
 from muse.config import SuperresConfig, TransformerConfig
+from muse.errors import UserError
 from muse.models.superres import Superres
 from muse.models.transformer import Transformer
+from muse.nn import fused_linear
 from muse.train.flops import superres_flops, transformer_flops
 from tools import bench, bench_floors, bench_sample
 from tools import cases as what
+from tools.bench_linear import use_tiles
 from tools.random_weights import random_weights
 from tools.variants import DRAWING_VARIANTS, PATCHES, TRAINING_VARIANTS, combined, patched
 
@@ -92,11 +95,12 @@ def test_patches_are_taken_back():
 
 def _patched_modules():
     from muse import drawing, masking
-    from muse.models import transformer
-    from muse.nn import attention, layers
+    from muse.models import fused, transformer
+    from muse.nn import attention, fused_linear, layers
     from muse.train import masked
 
-    return {module.__name__: module for module in (drawing, masking, transformer, attention, layers, masked)}
+    modules = (drawing, masking, fused, transformer, attention, fused_linear, layers, masked)
+    return {module.__name__: module for module in modules}
 
 
 def test_wrong_names_are_refused(capsys):
@@ -136,6 +140,32 @@ def test_train(capsys):
 
 
 @pytest.mark.slow
+def test_parts(capsys):
+    """The kernels are no farther from float32 than what they stand in for."""
+    lines = run(capsys, 'parts', '--tiny', '--repeats=1')
+    assert len(lines) == 12 and all(line['ms_both'] > 0 and 0 < line['error'] < 0.02 for line in lines), lines
+    for plain, own in zip(lines[::2], lines[1::2], strict=True):
+        assert plain['part'] == own['part'] and own['error'] < 1.3 * plain['error'] + 1e-3, (plain, own)
+
+
+@pytest.mark.slow
 def test_floors(capsys):
     lines = run(capsys, 'floors')
     assert len(lines) == 7 and all(0 < line['most_share_of_peak'] <= 0.8 for line in lines)
+
+
+@pytest.mark.slow
+def test_linear(capsys, tmp_path):
+    """Every product of the models, and a file from which drawing takes its tilings."""
+    path = tmp_path / 'tiles.json'
+    flags = ('linear', '--tiny', '--batches=1', '--repeats=1', f'--out={path}')
+    lines = run(capsys, *flags)
+    assert len(lines) == 18 and len(json.loads(path.read_text())) == 18
+    assert all(line['xla_us'] > 0 and not line['failed'] for line in lines)
+    before = dict(fused_linear.TUNED)
+    use_tiles(str(path))
+    assert len(fused_linear.TUNED) > len(before)
+    fused_linear.TUNED.clear()
+    fused_linear.TUNED.update(before)
+    with pytest.raises(UserError, match='--tiles'):
+        use_tiles(str(tmp_path / 'none.json'))

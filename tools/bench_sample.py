@@ -32,8 +32,10 @@ from muse.errors import UserError, nearest
 from muse.models.superres import Superres
 from muse.models.transformer import Transformer
 from muse.models.vqgan import VQGAN
+from muse.nn.devices import gpu_kernels
 from muse.train.flops import base_draw_flops, decoder_flops, superres_draw_flops
 from tools import cases as what
+from tools.bench_linear import use_tiles
 from tools.peers.run import run_peer
 from tools.random_weights import random_weights
 from tools.timing import compiled_memory, peak_memory_gib, share_of_peak, timed
@@ -52,6 +54,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dtype', default='bfloat16', help='of arithmetic: bfloat16 or float32')
     parser.add_argument('--repeats', type=int, default=15, help='calls timed')
     parser.add_argument('--profile', type=int, default=0, help='print so many of the costliest operations')
+    parser.add_argument('--tiles', default='', help='what `bench.py linear --out` wrote, with commas')
     parser.add_argument('--tiny', action='store_true', help='models for a CPU')
     parser.add_argument(
         '--peer_modes',
@@ -170,6 +173,8 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name in filter(None, given.replace('+', ',').split(',')):
             if name not in known:
                 raise UserError(f"--{flag} names '{name}'{nearest(name, known)}")
+    for path in filter(None, args.tiles.split(',')):
+        use_tiles(path)
     for name in filter(None, args.cases.split(',')):
         case = what.drawing(name, tiny=args.tiny, dtype=args.dtype)
         nets = _weights(case, jnp.dtype(args.dtype))
@@ -186,7 +191,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     found['same_tokens'] = round(float(np.mean(tokens == first)), 4)
                 profile = found.pop('profile', None)
                 about = {'model': 'muse', 'case': name, 'batch': rows, 'variant': variant, 'dtype': args.dtype}
-                yield about | found | {'xla_flags': os.environ.get('XLA_FLAGS', '')}
+                yield about | found | {'xla_flags': os.environ.get('XLA_FLAGS', ''), 'gpu_kernels': gpu_kernels()}
                 if profile:
                     yield about | {'profile': profile}
         for leaf in jax.tree.leaves(nets[1]):

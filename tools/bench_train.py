@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from muse.config import BaseRun, SuperresRun, read_run
 from muse.errors import UserError, nearest
 from muse.models.superres import Superres
 from muse.models.transformer import Transformer
+from muse.nn.devices import gpu_kernels
 from muse.train import base, masked, superres
 from muse.train.flops import step_flops
 from tools import cases as what
@@ -98,13 +100,30 @@ def step_and_state(run: BaseRun | SuperresRun) -> tuple[Any, Any]:
 
 
 def _measured(run: BaseRun | SuperresRun, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What the step costs; or that it failed, and what memory it would have had to get."""
     batch, key = random_batch(run), jax.random.key(0)
     step, state = step_and_state(run)
     jax.clear_caches()  # the trace of a program knows nothing of patches
-    start = time.perf_counter()
-    with patched(combined(variant, TRAINING_VARIANTS).patches):
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch, key).compile()
-    compile_s = time.perf_counter() - start
+    change = combined(variant, TRAINING_VARIANTS)
+    start, found = time.perf_counter(), {}
+    try:
+        with patched(change.patches):
+            lowered = jax.jit(step, donate_argnums=0).lower(state, batch, key)
+        found['trace_s'] = round(time.perf_counter() - start, 1)
+        compiled = lowered.compile(compiler_options=change.compiler)
+        found |= {'compile_s': round(time.perf_counter() - start, 1), **compiled_memory(compiled)}
+        print(f'{variant}: {found}', file=sys.stderr, flush=True)  # before it may run out of memory
+        return found | _run(run, compiled, state, batch, key, args)
+    except RuntimeError as error:  # does not fit into the memory, or does not compile: the next may
+        return found | {'failed': str(error).strip().splitlines()[0][:300]}
+    finally:
+        for array in jax.tree.leaves((state, batch)):
+            array.delete()
+
+
+def _run(
+    run: BaseRun | SuperresRun, compiled: Any, state: Any, batch: Any, key: Any, args: argparse.Namespace
+) -> dict[str, Any]:
     loss = None
 
     def once() -> Any:
@@ -121,9 +140,7 @@ def _measured(run: BaseRun | SuperresRun, variant: str, args: argparse.Namespace
         'images_per_s': round(rows / times['ms'] * 1e3, 1),
         'tflop_an_image': round(step_flops(run) / rows / 1e12, 4),
         **share_of_peak(step_flops(run), times['ms']),
-        **compiled_memory(compiled),
         'peak_gib': peak_memory_gib(),
-        'compile_s': round(compile_s, 1),
         'first_loss': first,
     }
     if args.profile:
@@ -149,13 +166,11 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 run = make_run(case, rows, variant, optimizer=args.optimizer, tiny=args.tiny)
                 about = {'model': 'muse', 'case': case, 'batch': rows, 'variant': variant, 'optimizer': run.optim.name}
                 about |= {'remat': run.model.remat, 'xla_flags': os.environ.get('XLA_FLAGS', '')}
+                about |= {'gpu_kernels': gpu_kernels()}
                 if time.monotonic() > deadline:
                     yield about | {'failed': 'the time limit came first: give more --minutes'}
                     continue
-                try:
-                    found = _measured(run, variant, args)
-                except RuntimeError as error:  # does not fit into the memory: the next may
-                    found = {'failed': str(error).strip().splitlines()[0][:300]}
+                found = _measured(run, variant, args)
                 profile = found.pop('profile', None)
                 yield about | found
                 if profile:

@@ -47,6 +47,12 @@ def drawing_tricks(rows: int, weights: int) -> Iterator[Trick]:
     yield Trick('logits of unknown tokens alone', flops=steps * head * (1 - unknown_share(steps)))
     yield Trick('one float32 array of logits less, written and read', gigabytes=steps * 2 * logits)
     yield Trick('weights in int8, read as such', gigabytes=steps * weights / 1e9)
+    yield Trick('layers apart: weights copied once, not in each step', gigabytes=(steps - 1) * 2 * 2 * weights / 1e9)
+    # Elements written and read again: both branches' norms of stream, queries and keys, additions and hidden units; the
+    # reading branch's norms of stream and queries, and addition.
+    both, reading = 2 * tokens * (12 * width + 2 * config.mlp_dim), tokens * 6 * width
+    passes = steps * layers * 2 * (both + reading) / 1e9
+    yield Trick('norms, GELU and additions inside the products', gigabytes=passes)
 
 
 def training_tricks(rows: int, weights: int) -> Iterator[Trick]:
@@ -57,6 +63,7 @@ def training_tricks(rows: int, weights: int) -> Iterator[Trick]:
     table = 2 * tokens * width * codes
     kept = 2 * (12 * width + config.mlp_dim) * tokens * layers / 1e9
     logits = tokens * codes / 1e9
+    passed = 2 * tokens * width * layers / 1e9  # one reading or writing of the stream in all layers
     yield Trick("the table's gradient from bfloat16", flops=-table, ms=table / _FLOAT32_RATE * 1e3)
     yield Trick(
         "the loss' gradient in one pass: two float32 arrays of logits less, written and read", gigabytes=16 * logits
@@ -65,6 +72,12 @@ def training_tricks(rows: int, weights: int) -> Iterator[Trick]:
     yield Trick('gradients of stacked layers held in bfloat16', gigabytes=6 * weights / 1e9)
     yield Trick('attention not run again', flops=layers * 4 * tokens * width * keys)
     yield Trick('layers unrolled: what is kept is not copied into stacked arrays and out', gigabytes=4 * kept)
+    yield Trick("text's keys and values not copied behind the null, nor their gradients", gigabytes=6 * passed)
+    yield Trick("norms and their gradients in a pass each: sums, rows' and columns' sums apart", gigabytes=21 * passed)
+    yield Trick('nothing but products and the stream made again: norms, sums, GELU', gigabytes=22 * passed)
+    yield Trick('GELU written by the product ahead of it; its gradient without writing it again', gigabytes=8 * passed)
+    yield Trick("norms of queries and keys within attention's kernels", gigabytes=15 * passed)
+    yield Trick('sums of gradients and of the stream within products', gigabytes=8 * passed)
     yield Trick('logits of masked tokens alone', flops=3 * table * (1 - _MASKED))
     yield Trick('no norms of parameters and updates', gigabytes=2 * 4 * weights / 1e9)
     yield Trick('no moving average', gigabytes=2 * 4 * weights / 1e9)

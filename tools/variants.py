@@ -17,19 +17,23 @@ import optax
 from flax import nnx
 
 from muse import drawing, masking
-from muse.models import transformer
-from muse.nn import attention, layers
+from muse.models import fused, transformer
+from muse.nn import attention, fused_linear, layers, norm_kernels
+from muse.nn.attention_kernels import ATTENTION_KERNEL
 from muse.train import masked
+from tools import few_keys
 
 Undo = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`config` are settings of the model, `train` of the training loop, `patches` names of functions here."""
+    """`config` are settings of the model, `train` of the training loop, `compiler` options of XLA; `patches` are names
+    of functions here."""
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    compiler: dict[str, Any] = dataclasses.field(default_factory=dict)
     patches: tuple[str, ...] = ()
 
 
@@ -70,7 +74,7 @@ def _packed_qkv() -> Undo:
 
 
 def _prepacked_qkv() -> Undo:
-    """As 'packed', the kernels joined once ahead of the steps (drawing only)."""
+    """As 'packed', the kernels joined once ahead of the steps (drawing only; for layers that are not fused)."""
     merged = drawing._merged
 
     def prepacked(graph: Any, params: Any) -> Any:
@@ -90,15 +94,56 @@ def _prepacked_qkv() -> Undo:
     return _all((_set(drawing, '_merged', prepacked), _set(attention, 'project', projected)))
 
 
+def _scanned() -> Undo:
+    """Layers are left in their stack, as on a CPU."""
+    return _set(drawing, 'platform', lambda: 'cpu')
+
+
+def _unfused() -> Undo:
+    """Layers apart, and each as training runs it."""
+    return _set(drawing, '_is_split', lambda: True)
+
+
+def _no_kernels() -> Undo:
+    """Fused layers, but XLA makes their products and what surrounds them."""
+    return _set(fused, 'tiles_for', lambda product, dtype: None)
+
+
+def _kernels_everywhere() -> Undo:
+    """The own kernels for products of any size."""
+    return _all([_set(fused_linear, limit, 1 << 30) for limit in ('_LARGEST', '_LONGEST')])
+
+
+def _few_keys() -> Undo:
+    """An own kernel for attention, where shapes fit it."""
+    kinds = (attention.SelfAttention, attention.CrossAttention, attention.MultiAxisAttention)
+    own, cross, axes = (kind.attend for kind in kinds)
+
+    def own_attend(self: Any, q: Any, k: Any, v: Any) -> Any:
+        y = few_keys.attend(q, k, v, None, self.head_dim**-0.5)
+        return own(self, q, k, v) if y is None else y
+
+    def cross_attend(self: Any, q: Any, keys_values: Any, lengths_B: Any) -> Any:
+        y = few_keys.attend(q, keys_values[0], keys_values[1], lengths_B + 1, self.head_dim**-0.5)
+        return cross(self, q, keys_values, lengths_B) if y is None else y
+
+    def axes_attend(self: Any, q: Any, k: Any, v: Any) -> Any:
+        y = few_keys.attend_axes(q, k, v, self.head_dim**-0.5)
+        return axes(self, q, k, v) if y is None else y
+
+    attends = zip(kinds, (own_attend, cross_attend, axes_attend), strict=True)
+    return _all([_set(kind, 'attend', attend) for kind, attend in attends])
+
+
 def _xla_blocks() -> Undo:
     """Multi-axis attention over its 64 keys without a kernel."""
-    call = attention.MultiAxisAttention.__call__
+    attend = attention.MultiAxisAttention.attend
 
-    def plain(self: Any, x_BTD: Any) -> Any:
+    def plain(self: Any, *heads: Any) -> Any:
         self.backend = 'xla'
-        return call(self, x_BTD)
+        return attend(self, *heads)
 
-    return _set(attention.MultiAxisAttention, '__call__', plain)
+    return _set(attention.MultiAxisAttention, 'attend', plain)
 
 
 def _scatter_embedding() -> Undo:
@@ -124,6 +169,28 @@ def _plain_ce() -> Undo:
     return _set(masking, 'smoothed_ce', derived)
 
 
+def _stack_first() -> Undo:
+    """Gradients of layers are stacked in bfloat16 ahead of the optimiser, not by whatever of it reads them."""
+    restack: Any = masked.restack
+
+    def stacked(apart: Any, like: Any) -> Any:
+        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, like)
+        found = jax.lax.optimization_barrier(restack(apart, narrow))
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), found, like)
+
+    return _set(masked, 'restack', stacked)
+
+
+def _plain_norms() -> Undo:
+    """Norms and their gradients without kernels of their own."""
+    return _set(norm_kernels, 'takes', lambda x: False)
+
+
+def _plain_gelu() -> Undo:
+    """GELU's gradient is derived by JAX."""
+    return _set(layers, 'gelu', lambda x: jax.nn.gelu(x, approximate=True))
+
+
 def _cast_each() -> Undo:
     """Each layer casts its own weights, in the forward pass and again in the backward pass."""
     return _all([_set(module, 'cast_matrices', lambda params, dtype: params) for module in (layers, transformer)])
@@ -140,8 +207,8 @@ def _dots_alone() -> Undo:
     return _policy(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
 
-def _is_attention(primitive: Any) -> bool:
-    return primitive.name.startswith('dot_product_attention_fwd')
+def _is_attention(primitive: Any, params: dict[str, Any]) -> bool:
+    return primitive.name.startswith('dot_product_attention_fwd') or params.get('name') == ATTENTION_KERNEL
 
 
 def _no_hidden() -> Undo:
@@ -157,7 +224,7 @@ def _no_hidden() -> Undo:
 
 def _attention_alone() -> Undo:
     """Only what attention leaves is kept."""
-    return _policy(lambda primitive, *args, **params: _is_attention(primitive))
+    return _policy(lambda primitive, *args, **params: _is_attention(primitive, params))
 
 
 def _no_average() -> Undo:
@@ -179,10 +246,18 @@ PATCHES: dict[str, Callable[[], Undo]] = {
     'full_null': _full_null,
     'packed_qkv': _packed_qkv,
     'prepacked_qkv': _prepacked_qkv,
+    'scanned': _scanned,
+    'unfused': _unfused,
+    'no_kernels': _no_kernels,
+    'kernels_everywhere': _kernels_everywhere,
+    'few_keys': _few_keys,
     'xla_blocks': _xla_blocks,
     'scatter_embedding': _scatter_embedding,
     'float32_embedding': _float32_embedding,
     'plain_ce': _plain_ce,
+    'stack_first': _stack_first,
+    'plain_norms': _plain_norms,
+    'plain_gelu': _plain_gelu,
     'cast_each': _cast_each,
     'dots_alone': _dots_alone,
     'no_hidden': _no_hidden,
@@ -194,20 +269,27 @@ PATCHES: dict[str, Callable[[], Undo]] = {
 _UNROLLED = {
     f'unroll_{layers}': Variant(config={'unroll': layers}) for layers in (2, 4, 6, 8, 12, 16, 18, 24, 32, 36, 48)
 }
+_OF_DRAWING = ('scanned', 'unfused', 'no_kernels', 'kernels_everywhere', 'few_keys')
 DRAWING_VARIANTS: dict[str, Variant] = {
     'now': Variant(),
     'xla_attention': Variant(config={'attention': 'xla'}),
-    **{name: Variant(patches=(name,)) for name in ('full_null', 'prepacked_qkv', 'packed_qkv', 'xla_blocks')},
+    **{name: Variant(patches=(name,)) for name in ('full_null', 'xla_blocks', *_OF_DRAWING)},
+    # Fused layers have no projections to join.
+    **{name: Variant(patches=('unfused', name)) for name in ('prepacked_qkv', 'packed_qkv')},
     **_UNROLLED,
 }
 TRAINING_VARIANTS: dict[str, Variant] = {
     'now': Variant(),
     'xla_attention': Variant(config={'attention': 'xla'}),
+    'fused_attention': Variant(config={'attention': 'fused'}),
+    # GELU and sums become part of cuBLASLt's products; Triton's products, which hold neither, are not tried.
+    'cublaslt': Variant(compiler={'xla_gpu_enable_cublaslt': True, 'xla_gpu_enable_triton_gemm': False}),
+    'heads_8': Variant(config={'heads': 8}),  # of another width: not the same function of the weights
     'dots': Variant(config={'remat': 'dots'}),
     'full': Variant(config={'remat': 'full'}),
     'none': Variant(config={'remat': 'none'}),
     **{f'accumulate_{n}': Variant(train={'accumulate': n}) for n in (2, 4, 8)},
-    **{name: Variant(patches=(name,)) for name in PATCHES if name not in ('full_null', 'prepacked_qkv')},
+    **{name: Variant(patches=(name,)) for name in PATCHES if name not in ('full_null', 'prepacked_qkv', *_OF_DRAWING)},
     'no_hidden': Variant(config={'remat': 'dots'}, patches=('no_hidden',)),
     'attention_alone': Variant(config={'remat': 'dots'}, patches=('attention_alone',)),
     'dots_alone': Variant(config={'remat': 'dots'}, patches=('dots_alone',)),
@@ -232,5 +314,6 @@ def combined(name: str, known: dict[str, Variant]) -> Variant:
     return Variant(
         config={key: value for part in parts for key, value in part.config.items()},
         train={key: value for part in parts for key, value in part.train.items()},
+        compiler={key: value for part in parts for key, value in part.compiler.items()},
         patches=tuple(patch for part in parts for patch in part.patches),
     )
