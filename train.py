@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
 
         config = read_run(_CONFIG.value.to_dict())
         release = _RELEASE.value
-        base = finish.check_release(config, release) if release else None
+        base = finish.check_release(config, release, _WORKDIR.value) if release else None
         loop.run(config, _WORKDIR.value)
         if release and base is not None:
             finish.write_release(base, _WORKDIR.value, release)

@@ -105,7 +105,7 @@ def test_the_release_of_a_finetune_is_the_shipped_shape():
 def test_only_a_base_is_joined_into_a_release(tmp_path):
     run = read_run(json.loads(golden('configs/tiny/tokenizer.py')))
     with pytest.raises(UserError, match="--release is for a base, not for task 'tokenizer'"):
-        check_release(run, str(tmp_path))
+        check_release(run, str(tmp_path), 'run')
 
 
 def test_a_release_that_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch):
@@ -114,8 +114,13 @@ def test_a_release_that_cannot_be_written_is_refused_before_training(tmp_path, m
     (tmp_path / 'file').touch()
     for folder in ('file', 'file/below'):
         with pytest.raises(UserError, match="cannot be made, '.*file' is a file: choose another --release"):
-            check_release(run, str(tmp_path / folder))
+            check_release(run, str(tmp_path / folder), 'run')
     with pytest.raises(UserError, match="release 'muse/../muse/assets' is the tokenizer of the run"):
-        check_release(run, 'muse/../muse/assets')
-    assert check_release(run, str(tmp_path / 'new/release')) == run
+        check_release(run, 'muse/../muse/assets', 'run')
+    for folder, key in (('run', 'workdir'), ('run/export', 'export')):
+        with pytest.raises(UserError, match=f"release 'run.*' is the {key} of the run"):
+            check_release(run, folder, str(ROOT / 'run'))
+    with pytest.raises(UserError, match='cannot be written .*name too long'):
+        check_release(run, 300 * 'a', 'run')
+    assert check_release(run, str(tmp_path / 'new/release'), 'run') == run
     assert not (tmp_path / 'new').exists()

@@ -37,7 +37,7 @@ def define_knobs() -> None:
     flags.DEFINE_bool('superres', True, '--nosuperres: the base alone draws.')
     flags.DEFINE_integer('superres_steps', None, 'Decoding steps of the super-res.')
     flags.DEFINE_float('superres_guidance_scale', None, 'Guidance scale of the super-res.')
-    flags.DEFINE_bool('overwrite', False, 'Draw again what is there already.')
+    flags.DEFINE_bool('overwrite', False, 'Draw again what is there already; shards that a larger job left beyond go.')
     flags.DEFINE_bool('distributed', False, 'Join the other hosts of this job (jax.distributed): each draws its share.')
 
 

@@ -222,16 +222,17 @@ def _some(paths: Sequence[Path]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a tar begins with a picture of a job: its .json names the version that drew it."""
+    """Whether all that a tar holds belongs to pictures of jobs, whose .json names the version that drew them."""
     try:
         with tarfile.open(path) as tar:
-            picture, about = tar.next(), tar.next()
-            if picture is None or about is None or about.name != picture.name.removesuffix(PICTURE) + ABOUT:
-                return False
-            found = json.loads(_member(tar, about.name))
+            names = tar.getnames()
+            stems = [name.removesuffix(ABOUT) for name in names if name.endswith(ABOUT)]
+            abouts = [json.loads(_member(tar, stem + ABOUT)) for stem in stems]
     except (OSError, tarfile.TarError, KeyError, EOFError, ValueError):
         return False
-    return isinstance(found, dict) and 'muse_version' in found
+    known = {stem + ending for stem in stems for ending in (PICTURE, ABOUT, '.txt', *BESIDE)}
+    drawn = all(isinstance(about, dict) and 'muse_version' in about for about in abouts)
+    return bool(stems) and drawn and known.issuperset(names)
 
 
 def _member(tar: tarfile.TarFile, name: str) -> bytes:

@@ -14,7 +14,7 @@ from muse.release.join import join_release
 from muse.train.workdir import check_folder
 
 
-def check_release(run: Run, folder: str) -> BaseRun:
+def check_release(run: Run, folder: str, workdir: str) -> BaseRun:
     """Checks before a run that `write_release` will have what it needs.
 
     Raises:
@@ -25,6 +25,7 @@ def check_release(run: Run, folder: str) -> BaseRun:
         raise UserError(f"--release is for a base, not for task '{run.task}': join the parts with tools/export.py")
     check_folder(Path(folder), 'release')
     read = {'tokenizer': run.tokenizer, 'text_encoder': run.text_encoder or str(shipped()), 'init_from': run.init_from}
+    read |= {'workdir': workdir, 'export': str(Path(workdir) / 'export')}
     for key, value in read.items():
         if value and Path(value).resolve() == Path(folder).resolve():
             raise UserError(

@@ -49,7 +49,10 @@ def check_folder(folder: Path, flag: str) -> None:
     Raises:
         UserError: it cannot.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    except OSError as error:
+        raise UserError(f"{flag} '{folder}' cannot be written ({error.strerror}): choose another --{flag}") from None
     if not existing.is_dir():
         raise UserError(f"{flag} '{folder}' cannot be made, '{existing}' is a file: choose another --{flag}")
     if not os.access(existing, os.W_OK | os.X_OK):

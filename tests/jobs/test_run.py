@@ -207,12 +207,15 @@ def test_overwriting_by_a_smaller_job_leaves_no_shard_of_the_larger_one(tmp_path
     shutil.copy(out / '00002.tar', out / '2.tar')  # a name that no job gives
     foreign(out / '00004.tar')
     (out / '00005.tar').mkdir()
-    kept = {name: (out / name).read_bytes() for name in ('00003.tar', '2.tar', '00004.tar')}
+    shutil.copy(out / '00002.tar', out / '00006.tar')
+    with tarfile.open(out / '00006.tar', 'a') as tar:  # someone's own picture among those of a job
+        tar.addfile(tarfile.TarInfo('photo.png'))
+    kept = {name: (out / name).read_bytes() for name in ('00003.tar', '2.tar', '00004.tar', '00006.tar')}
     with pytest.warns(InputWarning) as caught:
         do(out, 'webdataset', smaller, overwrite=True)
     said = [str(warning.message) for warning in caught]
     assert said[0].startswith('removed') and said[0].endswith("00002.tar'")
-    assert "00003.tar' and 2 more stays" in said[1] and len(said) == 2
+    assert "00003.tar' and 3 more stays" in said[1] and len(said) == 2
     (out / '00005.tar').rmdir()
     do(tmp_path / 'whole', 'webdataset', smaller)
     assert contents(out) == contents(tmp_path / 'whole') | kept
