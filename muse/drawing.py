@@ -25,7 +25,6 @@ from muse.canvas import Grid, windows
 from muse.config import DecodeConfig
 from muse.decode import LogitsFn, decode_steps, halton_order, random_order, resample_steps, row_keys
 from muse.guidance import cfg_weights, guided_logits, scale_at
-from muse.models.fused import FusedLayers
 from muse.models.superres import Superres
 from muse.models.vqgan import to_float, to_uint8
 from muse.nn.devices import gpu_kernels, platform
@@ -236,6 +235,8 @@ def _merged(graph: nnx.GraphDef, params: nnx.State) -> Any:
         model.config = dataclasses.replace(config, remat='none')
         model.blocks = unstack(model.blocks, config.layers)
     if gpu_kernels() and not _is_split():
+        from muse.models.fused import FusedLayers  # and with it a part of Pallas that not every jax has
+
         model.blocks = nnx.List([FusedLayers(model.blocks)])
     return model
 
