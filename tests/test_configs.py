@@ -30,8 +30,8 @@ PARAMETERS = {
     'paper/tokenizer_f16': 57.8e6,
     'paper/tokenizer_f8': 51.9e6,
     'paper/decoder_finetune': 222.0e6,
-    'emoji/tokenizer_f16': 5.87e6,
-    'emoji/tokenizer_f8': 5.71e6,
+    'emoji/tokenizer': 3.93e6,
+    'emoji/superres_tokenizer': 2.7e6,
 }
 
 

@@ -119,8 +119,8 @@ def _short(run: TokenizerRun, args: argparse.Namespace) -> TokenizerRun:
 
 def _flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--f16', default='configs/emoji/tokenizer_f16.py', help='config of the f16 tokenizer')
-    parser.add_argument('--f8', default='configs/emoji/tokenizer_f8.py', help='config of the f8 tokenizer')
+    parser.add_argument('--f16', default='configs/emoji/tokenizer.py', help='config of the f16 tokenizer')
+    parser.add_argument('--f8', default='configs/emoji/superres_tokenizer.py', help='config of the f8 tokenizer')
     parser.add_argument('--data', default='', help='folder of the data; the sample in the package when empty')
     parser.add_argument('--perceptual', default='', help='folder of LPIPS weights; empty: a random net, no LPIPS')
     parser.add_argument('--out', required=True, help='folder of the rows and of the pictures drawn for the runs')

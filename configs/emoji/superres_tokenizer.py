@@ -4,8 +4,8 @@
     python tools/fetch_perceptual.py --out=data/perceptual
     python train.py --config=configs/emoji/superres_tokenizer.py --workdir=runs/emoji/superres_tokenizer
 
-2.7M parameters, 2.8 MB as int8: the one of `configs/emoji/tokenizer_f8.py` (5.7M) leaves a super-res no room in the
-28 MB that all shipped weights may take (tests/test_superres_recipe.py adds them up).
+2.7M parameters, 2.8 MB as int8: more would leave a super-res no room in the 28 MB that all shipped weights may take
+(tests/test_superres_recipe.py adds them up).
 Hardware: one H100 and 16 CPU cores, about 4 minutes at 35 % of its peak by the count of operations. Not yet run.
 """
 

@@ -37,7 +37,7 @@ _GROUND_NAMES = tuple(GROUNDS)
 
 _COUNT_SHARE, _RELATION_SHARE = 0.15, 0.20
 _NAME_GROUND_SHARE = 0.35  # captions that say the ground
-_WHITE_SHARE = 0.60  # of the grounds that no caption says
+_WHITE_SHARE = 0.90  # of the grounds that no caption says
 _WHITE_SHARE_NAMED = 0.20
 _GRADIENT_SHARE = 0.20  # of the grounds that are not white
 _SAME_STYLE_SHARE = 0.6  # of the relations

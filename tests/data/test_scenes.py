@@ -102,7 +102,7 @@ def test_named_ground_and_style_are_true():
         else:
             unnamed += 1
             whites += all((corner == 255).all() for corner in corners)
-    assert 0.5 < whites / unnamed < 0.7
+    assert 0.85 < whites / unnamed < 0.95
 
 
 def test_shares_of_kinds():
