@@ -12,6 +12,7 @@ import numpy as np
 
 from muse.config import DecodeConfig, FreeEditConfig
 from muse.errors import UserError, nearest, warn
+from muse.text.tokenizer import clean
 
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 10_000
@@ -125,14 +126,14 @@ def row(given: Row) -> Row:
 
 def prompts(given: str | Sequence[str]) -> list[str]:
     """The prompts as a list; warns of blank ones, which draw without text."""
-    if not isinstance(given, Sequence):
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise UserError(f'prompts are a {type(given).__name__}; give a text or a list of texts')
     texts = [given] if isinstance(given, str) else list(given)
     if not texts:
         raise UserError('no prompt was given: give at least one text')
     for prompt in texts:
         text('prompt', prompt)
-    if blank := sum(not prompt.strip() for prompt in texts):
+    if blank := sum(not clean(prompt) for prompt in texts):
         warn(f'empty prompts: {blank} of {len(texts)}; drawn without text')
     return texts
 

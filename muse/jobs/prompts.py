@@ -17,6 +17,7 @@ from muse.errors import UserError, warn
 from muse.jobs import rows
 from muse.jobs.plan import MAX_ID, Item, Names, file_id, slug
 from muse.settings import Row, Settings
+from muse.text.tokenizer import clean
 
 COLUMNS = ('prompt', 'id', 'seed', 'index', 'negative_prompt', 'guidance_scale', 'temperature', 'size')
 Size = tuple[int, int]
@@ -176,7 +177,7 @@ def make_plan(
     by_size = {settings.size: settings for settings in made.values()}
     for size, places in groups.items():
         plan.add(by_size[size], places)
-    if blank := sum(not row.prompt.strip() for row in given):
+    if blank := sum(not clean(row.prompt) for row in given):
         warn(f'empty prompts: {blank} of {len(given)}; drawn without text')
     return plan
 

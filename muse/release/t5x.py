@@ -90,7 +90,10 @@ def open_t5x(folder: Path) -> dict[str, Stored]:
             raise UserError(f"'{folder}' has a position bias in each layer: only one shared by all, as T5's, is read")
         tensors |= {f'encoder.layers.{name}': _open(folder, name, leaf, scanned=True) for name, leaf in leaves.items()}
         return tensors
-    layers = [_flat(encoder[f'layers_{i}']) for i in range(sum(map(_is_layer, encoder))) if f'layers_{i}' in encoder]
+    names = [f'layers_{i}' for i in range(sum(map(_is_layer, encoder)))]
+    if lost := [name for name in names if name not in encoder]:
+        raise UserError(f"'{folder}' lacks 'encoder.{lost[0]}': copy the checkpoint again")
+    layers = [_flat(encoder[name]) for name in names]
     for name in layers[0] if layers else ():
         missing = [i for i, layer in enumerate(layers) if name not in layer]
         if missing:
@@ -110,11 +113,14 @@ def _target(folder: Path) -> Mapping[str, Any]:
     path = folder / CHECKPOINT
     try:
         content: Any = msgpack_restore(path.read_bytes())
-        return content.get('optimizer', content)['target']
+        target = content.get('optimizer', content)['target']
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): copy it again") from None
     except Exception as error:  # msgpack has an exception for each way in which bytes are no msgpack
         raise UserError(f"'{path}' is truncated or no T5X checkpoint ({_first_line(error)}): copy it again") from None
+    if not isinstance(target, Mapping):
+        raise UserError(f"'{path}' is no T5X checkpoint (its 'target' is a {type(target).__name__}): copy it again")
+    return target
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -134,7 +140,8 @@ def _open(folder: Path, name: str, leaf: Any, scanned: bool = False) -> Stored:
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         place = leaf.removeprefix(_PLACEHOLDER)
     elif isinstance(leaf, Mapping):
-        place = str(leaf['kvstore'].get('path') or leaf.get('path', ''))
+        store = leaf['kvstore']
+        place = str((isinstance(store, Mapping) and store.get('path')) or leaf.get('path', ''))
     else:
         raise UserError(f"'{folder / CHECKPOINT}' has {type(leaf).__name__} where '{name}' should be: copy it again")
     return _open_zarr(folder / Path(place).name, scanned)

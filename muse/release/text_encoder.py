@@ -38,8 +38,8 @@ def load_text_encoder(folder: str | Path, *, dtype: Dtype | None = None, mesh: M
         mesh: what the parameters are split over; None: all on the first device.
 
     Raises:
-        UserError: nothing of the kind there, something incomplete or damaged, or a vocabulary with more pieces than
-            the encoder has rows.
+        UserError: nothing of the kind there, something incomplete or damaged, or a vocabulary that is not
+            of the size of the encoder's table.
     """
     folder = Path(folder) if Path(folder).exists() else fetch(str(folder))
     if _is_release(folder):
@@ -66,11 +66,11 @@ def _is_release(folder: Path) -> bool:
 
 
 def _check_vocabulary(vocabulary: Path, rows: int) -> None:
-    """An encoder may have more rows than pieces (they are padded to a round number), never fewer."""
+    """An encoder may have a few more rows than pieces (they are padded to a round number), never fewer."""
     from muse.text.tokenizer import Tokenizer
 
     pieces = Tokenizer(vocabulary).vocab_size
-    if pieces > rows:
+    if pieces > rows or pieces < rows - max(128, rows // 10):
         raise UserError(
             f"vocabulary '{vocabulary}' has {pieces} pieces, the text encoder beside it {rows} rows: it is of another "
             'model; put the right one there'

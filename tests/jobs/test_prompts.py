@@ -118,8 +118,8 @@ def test_an_id_leaves_room_for_the_number_of_its_pictures():
 
 
 def test_blank_prompts_are_said():
-    with pytest.warns(InputWarning, match='empty prompts: 1 of 2'):
-        plan_of([Prompt(0, 1, ' '), Prompt(1, 2, 'x')])
+    with pytest.warns(InputWarning, match='empty prompts: 2 of 3'):
+        plan_of([Prompt(0, 1, ' '), Prompt(1, 2, 'x'), Prompt(2, 3, '\x00\x07')])
 
 
 def test_slugs():

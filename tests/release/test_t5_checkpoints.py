@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from flax.serialization import msgpack_restore, msgpack_serialize
 from safetensors.numpy import load_file, save_file
 from t5_folders import ENCODERS, golden, write_huggingface, write_t5x
 
@@ -266,6 +267,18 @@ def test_bad_t5x(tmp_path):
         (folder / 'checkpoint').write_bytes(content)
         with pytest.raises(UserError, match='truncated or no T5X checkpoint'):
             load_t5(folder)
+    (folder / 'checkpoint').write_bytes(msgpack_serialize({'target': [1, 2]}))
+    with pytest.raises(UserError, match="its 'target' is a list"):
+        load_t5(folder)
+
+
+def test_a_t5x_layer_that_is_lost(tmp_path):
+    folder = write_t5x(tmp_path, 't5_v1_1')
+    tree = msgpack_restore((folder / 'checkpoint').read_bytes())
+    del tree['optimizer']['target']['encoder']['layers_0']
+    (folder / 'checkpoint').write_bytes(msgpack_serialize(tree))
+    with pytest.raises(UserError, match="lacks 'encoder.layers_0': copy the checkpoint again"):
+        load_t5(folder)
 
 
 def test_half_precision_rounds_to_nearest(tmp_path):

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from t5_folders import add_vocabulary, golden, write_huggingface, write_t5x
+from t5_folders import VOCABULARY, add_vocabulary, golden, write_huggingface, write_t5x
 
 from muse.config import MeshConfig
 from muse.errors import UserError
 from muse.mesh import make_mesh
+from muse.release import text_encoder
 from muse.release.format import graphdef_and_template, load_part, save_part, shipped
 from muse.release.text_encoder import load_text_encoder
 from muse.text.encode import encode_prompts
@@ -67,11 +68,13 @@ def test_missing_vocabulary(tmp_path):
 
 
 def test_vocabulary_of_another_model(tmp_path):
-    """More pieces than rows is wrong; fewer is how T5 is published (32000 of 32128)."""
+    """More pieces than rows is wrong; a few less is how T5 is published (32100 of 32128)."""
     write_huggingface(tmp_path, 't5_v1_1')
     (tmp_path / 'spiece.model').write_bytes((shipped() / 'spiece.model').read_bytes())
     with pytest.raises(UserError, match=r'has \d+ pieces, the text encoder beside it 96 rows: it is of another model'):
         load_text_encoder(tmp_path)
+    with pytest.raises(UserError, match='has 77 pieces, the text encoder beside it 32128 rows'):
+        text_encoder._check_vocabulary(VOCABULARY / 'spiece.model', 32128)
 
 
 def test_a_name_without_the_hub_says_what_to_put_where(monkeypatch):
