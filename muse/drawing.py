@@ -27,8 +27,9 @@ from muse.decode import LogitsFn, decode_steps, halton_order, random_order, resa
 from muse.guidance import cfg_weights, guided_logits, scale_at
 from muse.models.superres import Superres
 from muse.models.vqgan import to_float, to_uint8
-from muse.nn.devices import gpu_kernels, platform
+from muse.nn.devices import drawing_kernels, platform, warn_if_asked
 from muse.nn.layers import cast_matrices, unstack
+from muse.nn.quantized import is_quantized
 
 traces: Counter[str] = Counter()  # how often JAX has traced each program: other prompts and knobs must not add to it
 
@@ -226,7 +227,8 @@ def _merged(graph: nnx.GraphDef, params: nnx.State) -> Any:
     """The model as its steps run it: weights cast, once and not in each step, and the layers apart where that pays.
 
     Layers in a stack are copied out of it in every step: on a GPU a quarter of the time of one picture. Apart, each is
-    compiled on its own; a CPU hardly notices either. `gpu_kernels` on one GPU take what lies around products too.
+    compiled on its own; a CPU hardly notices either. `drawing_kernels` take what lies around products too,
+    unless these are of one-byte numbers.
     """
     config = nnx.merge(graph, params).config
     model = nnx.merge(graph, cast_matrices(params, config.dtype))
@@ -234,16 +236,13 @@ def _merged(graph: nnx.GraphDef, params: nnx.State) -> Any:
     if on_gpu or config.unroll >= config.layers:
         model.config = dataclasses.replace(config, remat='none')
         model.blocks = unstack(model.blocks, config.layers)
-    if gpu_kernels() and not _is_split():
-        from muse.models.fused import FusedLayers  # and with it a part of Pallas that not every jax has
+    if is_quantized(model.blocks):
+        warn_if_asked('own kernels take no products of one-byte numbers')
+    elif drawing_kernels(config.dtype):
+        from muse.models.fused import FusedLayers  # and with it Pallas, which is for nothing else here
 
         model.blocks = nnx.List([FusedLayers(model.blocks)])
     return model
-
-
-def _is_split() -> bool:
-    """Whether the mesh of `jax.set_mesh` is of several devices: the compiler cannot split a kernel over them."""
-    return jax.sharding.get_abstract_mesh().size > 1
 
 
 def _superres_branches(superres: Superres, low_BT: Int[Array, 'B T'], batch: Batch, grid: Grid) -> Branches:

@@ -89,24 +89,24 @@ def test_patches_are_taken_back():
         with patched([name]):
             pass
     assert {name: vars(module) for name, module in _patched_modules().items()} == before
-    both = combined('unroll_2+packed_qkv', TRAINING_VARIANTS)
-    assert both.config == {'unroll': 2} and both.patches == ('packed_qkv',)
+    both = combined('unroll_2+plain_gelu', TRAINING_VARIANTS)
+    assert both.config == {'unroll': 2} and both.patches == ('plain_gelu',)
 
 
 def _patched_modules():
     from muse import drawing, masking
     from muse.models import fused, transformer
-    from muse.nn import attention, fused_linear, layers
+    from muse.nn import attention, few_keys, fused_linear, layers, norm_kernels
     from muse.train import masked
 
-    modules = (drawing, masking, fused, transformer, attention, fused_linear, layers, masked)
+    modules = (drawing, masking, fused, transformer, attention, few_keys, fused_linear, layers, norm_kernels, masked)
     return {module.__name__: module for module in modules}
 
 
 def test_wrong_names_are_refused(capsys):
     for flags, said in (
         (('sample', '--cases=cascade'), "--cases names 'cascade'; did you mean 'cascade_3b'?"),
-        (('train', '--variants=now,packd_qkv'), "did you mean 'packed_qkv'?"),
+        (('train', '--variants=now,plain_glu'), "did you mean 'plain_gelu'?"),
     ):
         with pytest.raises(SystemExit) as caught:
             bench.main(list(flags))

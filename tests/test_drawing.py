@@ -20,11 +20,15 @@ from muse.models import fused
 from muse.models.fused import FusedLayers
 from muse.models.superres import Superres
 from muse.models.transformer import Block, Transformer
+from muse.nn import few_keys
 from muse.nn.fused_linear import Tiles
 from muse.release.format import graphdef_and_template
 from muse.train.flops import base_draw_flops, superres_draw_flops
 
 STEPS = 3
+# With 32 and 16 keys, which the kernel for few keys takes.
+BASE_OF_KERNELS = dataclasses.replace(tiny.BASE, text_length=31)
+SUPERRES_OF_KERNELS = dataclasses.replace(tiny.SUPERRES, grid=(16, 16), text_length=15)
 DECODE = DecodeConfig(steps=STEPS)
 
 
@@ -66,20 +70,35 @@ def test_the_base_without_attention_over_the_null_draws_the_same():
     assert count(parse(plain.as_text()), 1).flops > 1.03 * formula
 
 
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers apart and fused, their kernels interpreted."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Layers apart and fused, their kernels interpreted; the list fills with the names of attention's kernels."""
+    calls = []
+
+    def counted(name: str) -> Any:
+        kernel = getattr(few_keys, name)
+
+        def call(*heads: Any, **options: Any) -> Any:
+            calls.append(name)
+            return kernel(*heads, **options)
+
+        return call
+
+    for name in ('attend', 'attend_axes'):
+        monkeypatch.setattr(few_keys, name, counted(name))
     monkeypatch.setattr(drawing, 'platform', lambda: 'gpu')
-    monkeypatch.setattr(drawing, 'gpu_kernels', lambda: True)
+    monkeypatch.setattr(drawing, 'drawing_kernels', lambda dtype: True)
     monkeypatch.setattr(fused, 'tiles_for', lambda product, dtype: Tiles(16, 16, 16, 2, 4))
+    return calls
 
 
 @pytest.mark.slow
 def test_fused_layers_draw_the_same(monkeypatch):
-    plain, arguments = compiled(drawing.fill_base, 'base', tiny.BASE, states_of_both=False)
-    as_on_a_gpu(monkeypatch)
+    plain, arguments = compiled(drawing.fill_base, 'base', BASE_OF_KERNELS, states_of_both=False)
+    calls = as_on_a_gpu(monkeypatch)
     jax.clear_caches()
-    found, _ = compiled(drawing.fill_base, 'base', tiny.BASE, states_of_both=False)
+    found, _ = compiled(drawing.fill_base, 'base', BASE_OF_KERNELS, states_of_both=False)
     np.testing.assert_array_equal(found(*arguments), plain(*arguments))
+    assert set(calls) == {'attend'} and len(calls) >= 2 * BASE_OF_KERNELS.layers  # to itself and to the text
     jax.clear_caches()  # nobody else draws so
 
 
@@ -87,10 +106,10 @@ def test_fused_layers_draw_the_same(monkeypatch):
 def test_a_fused_super_res_draws_the_same(monkeypatch):
     """Also through windows, since the canvas is larger than the trained one."""
     low_BT = np.random.default_rng(1).integers(0, 64, (2, 24))
-    grid = (8, 12)
-    graph, params = loud('superres', tiny.SUPERRES)
-    canvas_BT = np.zeros((2, 96), np.int32)
-    given = batch(tiny.SUPERRES, states_of_both=False)
+    grid = (16, 24)
+    graph, params = loud('superres', SUPERRES_OF_KERNELS)
+    canvas_BT = np.zeros((2, 16 * 24), np.int32)
+    given = batch(SUPERRES_OF_KERNELS, states_of_both=False)
 
     def draw() -> np.ndarray:
         jax.clear_caches()
@@ -99,20 +118,22 @@ def test_a_fused_super_res_draws_the_same(monkeypatch):
         return np.asarray(drawing.fill_superres(*arguments, graph=graph, grid=grid, program=program))
 
     plain = draw()
-    as_on_a_gpu(monkeypatch)
+    calls = as_on_a_gpu(monkeypatch)
     np.testing.assert_array_equal(draw(), plain)
+    assert {'attend', 'attend_axes'} == set(calls)
     jax.clear_caches()
 
 
-def test_kernels_are_asked_for_and_not_for_a_mesh_of_several_devices(monkeypatch):
+def test_layers_are_fused_where_the_machine_has_kernels_for_their_type(monkeypatch):
+    """`tests/nn/test_devices.py` says where."""
     monkeypatch.setattr(drawing, 'platform', lambda: 'gpu')
-    graph, params = loud('base', tiny.BASE)
-    kinds = [type(drawing._merged(graph, params).blocks[0])]
-    monkeypatch.setattr(drawing, 'gpu_kernels', lambda: True)
-    kinds.append(type(drawing._merged(graph, params).blocks[0]))
-    monkeypatch.setattr(drawing, '_is_split', lambda: True)
-    kinds.append(type(drawing._merged(graph, params).blocks[0]))
-    assert kinds == [Block, FusedLayers, Block]
+    kinds = []
+    for dtype in ('float32', 'bfloat16'):
+        graph, params = loud('base', dataclasses.replace(tiny.BASE, dtype=dtype))
+        kinds.append(type(drawing._merged(graph, params).blocks[0]))
+        monkeypatch.setattr(drawing, 'drawing_kernels', lambda dtype: dtype == 'bfloat16')
+        kinds.append(type(drawing._merged(graph, params).blocks[0]))
+    assert kinds == [Block, Block, FusedLayers, FusedLayers]
 
 
 @pytest.mark.slow

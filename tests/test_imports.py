@@ -96,7 +96,8 @@ def test_import_muse_is_light():
 
 
 def test_sampling_imports_no_training_libraries():
-    code = f'import sys, sample, muse; muse.load; print([m for m in {HEAVY!r} if m in sys.modules])'
+    kernels = 'jax.experimental.pallas.triton'  # deprecated: only where kernels of it are used
+    code = f'import sys, sample, muse; muse.load; print([m for m in {(*HEAVY, kernels)!r} if m in sys.modules])'
     assert run(code).strip() == '[]'
 
 

@@ -14,14 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from muse import drawing, masking
 from muse.models import fused, transformer
-from muse.nn import attention, fused_linear, layers, norm_kernels
+from muse.nn import few_keys, fused_linear, layers, norm_kernels
 from muse.nn.attention_kernels import ATTENTION_KERNEL
 from muse.train import masked
-from tools import few_keys
 
 Undo = Callable[[], None]
 
@@ -62,88 +60,29 @@ def _full_null() -> Undo:
     return _set(drawing, '_base_branches', tiled)
 
 
-def _packed_qkv() -> Undo:
-    """One matrix product makes queries, keys and values."""
-
-    def projected(self: Any, x_BTD: Any) -> tuple[Any, Any, Any]:
-        kernels = (self.query.kernel, self.key.kernel, self.value.kernel)
-        packed = jnp.concatenate([kernel[...].astype(x_BTD.dtype) for kernel in kernels], axis=1)
-        return tuple(jnp.split(x_BTD @ packed, 3, axis=-1))  # pyright: ignore[reportReturnType]
-
-    return _set(attention, 'project', projected)
-
-
-def _prepacked_qkv() -> Undo:
-    """As 'packed', the kernels joined once ahead of the steps (drawing only; for layers that are not fused)."""
-    merged = drawing._merged
-
-    def prepacked(graph: Any, params: Any) -> Any:
-        model = merged(graph, params)
-        for blocks in model.blocks if isinstance(model.blocks, nnx.List) else (model.blocks,):
-            own = blocks.self_attention
-            kernels = [part.kernel[...] for part in (own.query, own.key, own.value)]
-            own.query.kernel = own.query.kernel.replace(jnp.concatenate(kernels, axis=-1))
-        return model
-
-    def projected(self: Any, x_BTD: Any) -> tuple[Any, ...]:
-        width = x_BTD.shape[-1]
-        if self.query.kernel.shape[-1] == width:  # the layers over low-res tokens
-            return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        return tuple(jnp.split(self.query(x_BTD), 3, axis=-1))
-
-    return _all((_set(drawing, '_merged', prepacked), _set(attention, 'project', projected)))
-
-
 def _scanned() -> Undo:
     """Layers are left in their stack, as on a CPU."""
-    return _set(drawing, 'platform', lambda: 'cpu')
+    return _all([_set(drawing, 'platform', lambda: 'cpu'), _unfused()])
 
 
 def _unfused() -> Undo:
-    """Layers apart, and each as training runs it."""
-    return _set(drawing, '_is_split', lambda: True)
+    """Layers apart, and each as training runs it: no own kernels."""
+    return _set(drawing, 'drawing_kernels', lambda dtype: False)
 
 
-def _no_kernels() -> Undo:
+def _xla_products() -> Undo:
     """Fused layers, but XLA makes their products and what surrounds them."""
     return _set(fused, 'tiles_for', lambda product, dtype: None)
 
 
-def _kernels_everywhere() -> Undo:
+def _own_products() -> Undo:
     """The own kernels for products of any size."""
     return _all([_set(fused_linear, limit, 1 << 30) for limit in ('_LARGEST', '_LONGEST')])
 
 
-def _few_keys() -> Undo:
-    """An own kernel for attention, where shapes fit it."""
-    kinds = (attention.SelfAttention, attention.CrossAttention, attention.MultiAxisAttention)
-    own, cross, axes = (kind.attend for kind in kinds)
-
-    def own_attend(self: Any, q: Any, k: Any, v: Any) -> Any:
-        y = few_keys.attend(q, k, v, None, self.head_dim**-0.5)
-        return own(self, q, k, v) if y is None else y
-
-    def cross_attend(self: Any, q: Any, keys_values: Any, lengths_B: Any) -> Any:
-        y = few_keys.attend(q, keys_values[0], keys_values[1], lengths_B + 1, self.head_dim**-0.5)
-        return cross(self, q, keys_values, lengths_B) if y is None else y
-
-    def axes_attend(self: Any, q: Any, k: Any, v: Any) -> Any:
-        y = few_keys.attend_axes(q, k, v, self.head_dim**-0.5)
-        return axes(self, q, k, v) if y is None else y
-
-    attends = zip(kinds, (own_attend, cross_attend, axes_attend), strict=True)
-    return _all([_set(kind, 'attend', attend) for kind, attend in attends])
-
-
-def _xla_blocks() -> Undo:
-    """Multi-axis attention over its 64 keys without a kernel."""
-    attend = attention.MultiAxisAttention.attend
-
-    def plain(self: Any, *heads: Any) -> Any:
-        self.backend = 'xla'
-        return attend(self, *heads)
-
-    return _set(attention.MultiAxisAttention, 'attend', plain)
+def _cudnn_attention() -> Undo:
+    """Fused layers, but the kernel for attention is cuDNN's."""
+    return _all([_set(few_keys, name, lambda *shapes: False) for name in ('fits', 'fits_axes')])
 
 
 def _scatter_embedding() -> Undo:
@@ -244,14 +183,11 @@ def _no_accuracy() -> Undo:
 
 PATCHES: dict[str, Callable[[], Undo]] = {
     'full_null': _full_null,
-    'packed_qkv': _packed_qkv,
-    'prepacked_qkv': _prepacked_qkv,
     'scanned': _scanned,
     'unfused': _unfused,
-    'no_kernels': _no_kernels,
-    'kernels_everywhere': _kernels_everywhere,
-    'few_keys': _few_keys,
-    'xla_blocks': _xla_blocks,
+    'xla_products': _xla_products,
+    'own_products': _own_products,
+    'cudnn_attention': _cudnn_attention,
     'scatter_embedding': _scatter_embedding,
     'float32_embedding': _float32_embedding,
     'plain_ce': _plain_ce,
@@ -269,13 +205,11 @@ PATCHES: dict[str, Callable[[], Undo]] = {
 _UNROLLED = {
     f'unroll_{layers}': Variant(config={'unroll': layers}) for layers in (2, 4, 6, 8, 12, 16, 18, 24, 32, 36, 48)
 }
-_OF_DRAWING = ('scanned', 'unfused', 'no_kernels', 'kernels_everywhere', 'few_keys')
+_OF_DRAWING = ('full_null', 'scanned', 'unfused', 'xla_products', 'own_products', 'cudnn_attention')
 DRAWING_VARIANTS: dict[str, Variant] = {
     'now': Variant(),
     'xla_attention': Variant(config={'attention': 'xla'}),
-    **{name: Variant(patches=(name,)) for name in ('full_null', 'xla_blocks', *_OF_DRAWING)},
-    # Fused layers have no projections to join.
-    **{name: Variant(patches=('unfused', name)) for name in ('prepacked_qkv', 'packed_qkv')},
+    **{name: Variant(patches=(name,)) for name in _OF_DRAWING},
     **_UNROLLED,
 }
 TRAINING_VARIANTS: dict[str, Variant] = {
@@ -284,12 +218,14 @@ TRAINING_VARIANTS: dict[str, Variant] = {
     'fused_attention': Variant(config={'attention': 'fused'}),
     # GELU and sums become part of cuBLASLt's products; Triton's products, which hold neither, are not tried.
     'cublaslt': Variant(compiler={'xla_gpu_enable_cublaslt': True, 'xla_gpu_enable_triton_gemm': False}),
+    # The same, but Triton's are tried, which XLA splits along the rows that a weight's gradient sums over.
+    'cublaslt_beside_triton': Variant(compiler={'xla_gpu_enable_cublaslt': True}),
     'heads_8': Variant(config={'heads': 8}),  # of another width: not the same function of the weights
     'dots': Variant(config={'remat': 'dots'}),
     'full': Variant(config={'remat': 'full'}),
     'none': Variant(config={'remat': 'none'}),
     **{f'accumulate_{n}': Variant(train={'accumulate': n}) for n in (2, 4, 8)},
-    **{name: Variant(patches=(name,)) for name in PATCHES if name not in ('full_null', 'prepacked_qkv', *_OF_DRAWING)},
+    **{name: Variant(patches=(name,)) for name in PATCHES if name not in _OF_DRAWING},
     'no_hidden': Variant(config={'remat': 'dots'}, patches=('no_hidden',)),
     'attention_alone': Variant(config={'remat': 'dots'}, patches=('attention_alone',)),
     'dots_alone': Variant(config={'remat': 'dots'}, patches=('dots_alone',)),

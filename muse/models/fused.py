@@ -1,4 +1,5 @@
-"""A stack of transformer layers as drawing runs it on an NVIDIA GPU: norms, GELU and additions inside the products.
+"""A stack of transformer layers as drawing runs it on an NVIDIA GPU: norms, GELU and additions inside the products, and
+attention in kernels of its own where these take its shapes.
 
 Made once ahead of the steps from layers that `muse.nn.layers.unstack` returned; weights are joined and folded then. It
 computes what `muse.models.transformer.Block` does, for the base and for the super-res, and takes no gradient.
@@ -15,7 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from muse.models.transformer import Block
-from muse.nn.attention import KeysValues
+from muse.nn import few_keys
+from muse.nn.attention import CrossAttention, KeysValues, MultiAxisAttention, SelfAttention
+from muse.nn.devices import warn_if_asked
 from muse.nn.fused_linear import Product, Readers, Stream, add_product, normed_gelu, normed_heads, stream_of, tiles_for
 from muse.nn.layers import Linear, RMSNorm
 
@@ -68,7 +71,7 @@ class FusedBlock(nnx.Module):
             tiles=tiles,
         )
         q, k, v = (x_MD.reshape(-1, tokens, own.heads, own.head_dim) for x_MD in projected)
-        return _added(stream, own.attend(q, k, v).reshape(m, width), own.out)
+        return _added(stream, _attended(own, q, k, v).reshape(m, width), own.out)
 
     def _read(self, stream: Stream, keys_values: KeysValues, lengths_B: Int[Array, ' B'], tokens: int) -> Stream:
         """Cross-attention; what `Block` says of its `_read` holds here."""
@@ -89,7 +92,8 @@ class FusedBlock(nnx.Module):
             readers=readers,
             tiles=tiles_for(product, kernel_KN.dtype),
         )
-        y_BTNH = cross.attend(q_MD.reshape(rows, tokens, cross.heads, cross.head_dim), keys_values, lengths_B)
+        q_BTNH = q_MD.reshape(rows, tokens, cross.heads, cross.head_dim)
+        y_BTNH = _read_from(cross, q_BTNH, keys_values, lengths_B)
         return _added(stream, y_BTNH.reshape(q_MD.shape), cross.out, readers, keys_values.nothing_D)
 
     def _mlp(self, stream: Stream) -> Stream:
@@ -98,6 +102,39 @@ class FusedBlock(nnx.Module):
         tiles = tiles_for(Product('gelu', m, width, kernel_KN.shape[1], m), kernel_KN.dtype)
         y_MF = normed_gelu(stream, kernel_KN, epsilon=norm.epsilon, tiles=tiles)
         return _added(stream, y_MF, self.block.mlp.down)
+
+
+def _attended(own: SelfAttention | MultiAxisAttention, q: Array, k: Array, v: Array) -> Float[Array, 'B T N H']:
+    """`own.attend`."""
+    scale = own.head_dim**-0.5
+    if isinstance(own, MultiAxisAttention):
+        if _takes(own, few_keys.fits_axes(q, own.block_tokens), q, own.block_tokens):
+            return few_keys.attend_axes(q, k, v, scale=scale)
+    elif _takes(own, few_keys.fits(q, k), q, k.shape[1]):
+        return few_keys.attend(q, k, v, jnp.full(q.shape[0], k.shape[1], jnp.int32), scale=scale)
+    return own.attend(q, k, v)
+
+
+def _read_from(
+    cross: CrossAttention, q_BTNH: Array, keys_values: KeysValues, lengths_B: Int[Array, ' B']
+) -> Float[Array, 'B T N H']:
+    """`cross.attend`."""
+    k, v, _ = keys_values
+    if _takes(cross, few_keys.fits(q_BTNH, k), q_BTNH, k.shape[1]):
+        return few_keys.attend(q_BTNH, k, v, lengths_B + 1, scale=cross.head_dim**-0.5)
+    return cross.attend(q_BTNH, keys_values, lengths_B)
+
+
+def _takes(
+    attention: SelfAttention | MultiAxisAttention | CrossAttention, fits: bool, q_BTNH: Array, keys: int
+) -> bool:
+    """Whether the own kernel is used: the config leaves the choice open, and shapes fit."""
+    if attention.backend not in ('auto', 'fused'):
+        return False
+    if not fits:
+        _, tokens, _, width = q_BTNH.shape
+        warn_if_asked(f'no own kernel takes attention of {tokens} queries over {keys} keys in heads of {width}')
+    return fits
 
 
 def _added(

@@ -7,7 +7,6 @@ ever a softmax over nothing (docs/design.md, "The null condition").
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,9 +15,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from muse.errors import UserError
+from muse.errors import UserError, warn
 from muse.nn.attention_kernels import fits, normed_attention
-from muse.nn.devices import ROWS, mesh_split, platform
+from muse.nn.devices import ROWS, capability, has_triton, mesh_split, platform
 from muse.nn.layers import Linear, RMSNorm, param
 
 Backend = Literal['auto', 'xla', 'cudnn', 'splash', 'fused']
@@ -90,8 +89,7 @@ def _cudnn(q_BTNH, k_BSNH, v_BSNH, lengths_B, bias_1NTS, scale):
 
 def has_cudnn() -> bool:
     """Whether 'cudnn' runs here: an NVIDIA GPU from Ampere on."""
-    found = re.fullmatch(r'(\d+)\.\d+', str(getattr(jax.local_devices()[0], 'compute_capability', '')))
-    return found is not None and int(found[1]) >= 8
+    return capability() >= 8
 
 
 def _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale):
@@ -145,7 +143,11 @@ def _fused(backend: Backend, q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> b
     """Whether this project's own kernels, which hold the norms too, are asked for and take the shapes and types."""
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     there = (half and platform() in ('gpu', 'cuda')) or platform() == 'cpu'  # on a CPU interpreted: for tests
-    return backend == 'fused' and there and fits(q_BTNH, k_BSNH, groups)
+    wanted = backend == 'fused' and there and fits(q_BTNH, k_BSNH, groups)
+    if wanted and not has_triton():
+        warn(f"model.attention 'fused' is as 'auto' here: jax {jax.__version__} has no jax.experimental.pallas.triton")
+        return False
+    return wanted
 
 
 def _normed_attention(
@@ -294,13 +296,14 @@ class CrossAttention(nnx.Module):
             memory_BSD: what `with_null` returned.
         """
 
-        def null_first(linear: Linear, null: nnx.Param) -> Array:
+        def null_first(x_BSD: Array, null: nnx.Param) -> Array:
             # The null's row of the product is overwritten where it lies; put in front, all others would be copied.
-            x_BSNH = _heads(linear(memory_BSD), self.heads)
+            x_BSNH = _heads(x_BSD, self.heads)
             null_B1NH = jnp.broadcast_to(null[...].astype(x_BSNH.dtype), (x_BSNH.shape[0], 1, *null.shape))
             return jax.lax.dynamic_update_slice(x_BSNH, null_B1NH, (0, 0, 0, 0))
 
-        keys, values = null_first(self.key, self.null_key), null_first(self.value, self.null_value)
+        keys = null_first(self.key(memory_BSD), self.null_key)
+        values = null_first(self.value(memory_BSD), self.null_value)
         nothing_D = self.out(self.null_value[...].astype(memory_BSD.dtype).reshape(-1))
         return KeysValues(self.key_norm(keys), values, nothing_D)
 

@@ -25,10 +25,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from muse.nn.devices import platform
+from muse.nn.devices import is_hopper, platform, warn_if_asked
 
 Kind = Literal['heads', 'gelu', 'add']
 
@@ -106,24 +105,21 @@ _LARGEST = 1024  # rows from which cuBLAS' products gain more than what is fused
 _LONGEST = 2048  # inner size from which a product of few rows is better split along it, as cuBLAS does
 _BLOCKS = 96  # a GPU of 132 multiprocessors should have about so many blocks at least
 _CANDIDATES = (Tiles(128, 128, 64, 4, 8), Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 64, 4, 4))
-
-
-def has_kernels() -> bool:
-    """Whether the kernels are for this machine, a Hopper: most other chips have less shared memory than tiles take."""
-    capability = str(getattr(jax.local_devices()[0], 'compute_capability', ''))
-    return platform() in ('gpu', 'cuda') and capability.startswith('9.')
+_SMALL = _CANDIDATES[2:]  # operands of 64 KiB: most chips but a Hopper have shared memory for no more
 
 
 def tiles_for(product: Product, dtype: Any) -> Tiles | None:
-    """The tiles of a product on this machine; None: XLA's own is used.
+    """The tiles of a product on this GPU; None: XLA's own is used.
 
     The largest that cut it evenly into enough blocks to fill the chip, or the most blocks.
     """
-    if dtype != jnp.bfloat16 or not has_kernels():
+    if dtype != jnp.bfloat16:
         return None
     if product in TUNED:
         return TUNED[product]
-    fitting = [tiles for tiles in _CANDIDATES if fits(tiles, product)]
+    fitting = [tiles for tiles in (_CANDIDATES if is_hopper() else _SMALL) if fits(tiles, product)]
+    if not fitting:
+        warn_if_asked(f'no own kernel cuts products of {product.m}x{product.k}x{product.n} for heads of {product.head}')
     if not fitting or product.m > _LARGEST or product.k > _LONGEST:
         return None
     full = [tiles for tiles in fitting if blocks(tiles, product) >= _BLOCKS]
@@ -278,6 +274,8 @@ def _gelu(x):
 
 def _call(kernel, tiles, shape, *, inputs, outputs, flops):
     """A kernel over blocks of the result's rows and columns. Of inputs and outputs: array, block, block's place."""
+    from jax.experimental.pallas import triton
+
     arrays, blocks_in, places_in = zip(*inputs, strict=True)
     shapes, blocks_out, places_out = zip(*outputs, strict=True)
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes))

@@ -7,7 +7,6 @@ over the programs afterwards.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ _WIDTHS = (32, 4096)
 
 def takes(x: Float[Array, '... D']) -> bool:
     """Whether the kernels are to be used: where they are asked for, and each device's rows are whole tiles."""
-    if not gpu_kernels() or importlib.util.find_spec('jax.experimental.pallas.triton') is None:
+    if not gpu_kernels():
         return False
     mesh = jax.sharding.get_abstract_mesh()
     return (mesh.empty or mesh.size == 1 or mesh_split(x.shape[0], *ROWS) is not None) and fits(x)
