@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     if FLAGS.jobs is None:
         warn_of_idle(given.rows[0].kind)
     process, processes = command_line.processes()
-    model = muse.load(FLAGS.model)
+    model = muse.load(FLAGS.model, precision=FLAGS.precision)
     knobs = EditKnobs(
         drawing=Knobs(
             decoding=command_line.decoding(model.release.decode),

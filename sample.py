@@ -18,7 +18,7 @@ import sys
 from absl import app, flags
 
 import muse
-from muse.errors import UserError, main_guard
+from muse.errors import UserError, main_guard, warn
 from muse.jobs import command_line, rows
 from muse.jobs.command_line import parse
 from muse.jobs.sampling import Job, Knobs, read_prompts, sample
@@ -48,12 +48,14 @@ def main(argv: list[str]) -> int:
     if FLAGS.aot is not None:
         from muse.aot.sampling import check_flags
 
+        if FLAGS.precision is not None:
+            warn('not read by --aot: --precision')
         return check_flags(FLAGS.aot, FLAGS.aot_configs, FLAGS.model, size=_size(), batch_size=FLAGS.batch_size)
     if FLAGS.aot_configs:
         raise UserError('--aot_configs goes with --aot, e.g. --aot=v5e:2x2: pictures are drawn from --model')
     given = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
     process, processes = command_line.processes()
-    model = muse.load(FLAGS.model)
+    model = muse.load(FLAGS.model, precision=FLAGS.precision)
     knobs = Knobs(
         decoding=command_line.decoding(model.release.decode),
         superres=command_line.superres(model.release.superres_decode),

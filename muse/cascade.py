@@ -31,6 +31,7 @@ from muse.errors import UserError
 from muse.mesh import AXES
 from muse.models import t5
 from muse.nn.layers import cast_matrices
+from muse.nn.quantized import Precision, quantized
 from muse.release.format import Part, Release, graphdef_and_template
 from muse.settings import Row, Settings
 from muse.text.encode import PromptCache
@@ -61,10 +62,14 @@ class Net(NamedTuple):
 
 
 class Cascade:
-    """The loaded nets. `superres` and `superres_tokenizer` are None where the release holds none."""
+    """The loaded nets. `superres` and `superres_tokenizer` are None where the release holds none.
 
-    def __init__(self, release: Release):
-        self.release = release
+    They hold all weights: those of `release` are shapes here, so that nothing is held twice in two types.
+    """
+
+    def __init__(self, release: Release, precision: Precision | None = None):
+        self.release = _described(release)
+        self.precision: Precision | None = precision
         self.on_cpu = jax.default_backend() == 'cpu'
         devices = jax.local_devices()
         self._mesh = None
@@ -82,16 +87,21 @@ class Cascade:
         """The structure need not be the one that was trained: on a CPU it computes in float32 (bf16 is slow there), and
         attention is this machine's. Weights are held in the type that they are applied in."""
         config, params = part.config, part.params
+        draws = name in ('base', 'superres')
         if self.on_cpu:
             config = dataclasses.replace(config, dtype='float32')
         if name == 'text_encoder':
             config = t5.native(config)
-        elif name in ('base', 'superres'):
+        elif draws:
             config = dataclasses.replace(config, attention='auto')
+        graph = graphdef_and_template(name, config)[0]
+        if draws and self.precision is not None:
+            graph, params = quantized(graph, params, self.precision)
+        if draws:
             params = cast_matrices(params, config.dtype)
         if self._mesh is not None:
             params = jax.device_put(params, NamedSharding(self._mesh, P()))
-        return Net(graphdef_and_template(name, config)[0], params)
+        return Net(graph, params)
 
     def texts(self, texts: Sequence[str]) -> Texts:
         """States and length (0: no text) of each distinct text."""
@@ -263,6 +273,17 @@ class Cascade:
             return jax.device_put(x, NamedSharding(mesh, split))
 
         return jax.tree.map(put, arrays)
+
+
+def _described(release: Release) -> Release:
+    """The release with shapes in place of weights, as `describe_release` gives it."""
+    parts = {field.name: getattr(release, field.name) for field in dataclasses.fields(release)}
+    shapes = {
+        name: dataclasses.replace(part, params=jax.eval_shape(lambda params=part.params: params))
+        for name, part in parts.items()
+        if isinstance(part, Part)
+    }
+    return dataclasses.replace(release, **shapes)
 
 
 def veiled(image: Image.Image, unknown_hw: np.ndarray) -> Image.Image:

@@ -3,11 +3,13 @@
     python tools/bench.py sample                                     both cases at batch 1 and 8, and the peer
     python tools/bench.py sample --cases=base_632m --batches=1 --variants=now,xla_attention --peer_modes=
     python tools/bench.py sample --cases=shipped --batches=1 --dtype=float32 --profile=12 --peer_modes=    on a CPU
+    python tools/bench.py sample --precision=none,int8,fp8 --peer_modes=      products of one-byte numbers beside ours
     python tools/bench.py sample --tiny --batches=2 --repeats=2 --peer_modes=      models for a CPU
 
 Cases: base_632m draws pictures of 256×256 in 12 guided steps, cascade_3b of 512×512 in 24 and 8, each as one program.
-Every text has its full length. A variant is ours with one thing done differently, and says whether it drew the tokens
-that 'now' drew. The peer (aMUSEd-256, also 12 guided steps) runs in a process of its own in each of --peer_modes.
+Every text has its full length. A variant is ours with one thing done differently, and says how many of its tokens are
+those of the first one in the first precision; a share of the peak is always of bfloat16's. The peer (aMUSEd-256, also
+12 guided steps) runs in a process of its own in each of --peer_modes.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,8 @@ from muse.errors import UserError, nearest
 from muse.models.superres import Superres
 from muse.models.transformer import Transformer
 from muse.models.vqgan import VQGAN
-from muse.nn.devices import gpu_kernels
+from muse.nn.devices import drawing_kernels
+from muse.nn.quantized import Precision, quantized
 from muse.train.flops import base_draw_flops, decoder_flops, superres_draw_flops
 from tools import cases as what
 from tools.bench_linear import use_tiles
@@ -43,6 +47,7 @@ from tools.tokenizer_case import profiled_calls
 from tools.tokenizer_trials import numbers
 from tools.variants import DRAWING_VARIANTS, combined, patched
 
+PRECISIONS = ('none', *get_args(Precision))  # of the products in layers; none: --dtype
 PEER = Path(__file__).resolve().parent / 'peers' / 'amused.py'
 
 
@@ -52,6 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batches', type=numbers, default=(1, 8), help='pictures a call to measure, with commas')
     parser.add_argument('--variants', default='now', help=f'with commas: {", ".join(DRAWING_VARIANTS)}')
     parser.add_argument('--dtype', default='bfloat16', help='of arithmetic: bfloat16 or float32')
+    parser.add_argument('--precision', default='none', help=f'with commas: {", ".join(PRECISIONS)}')
     parser.add_argument('--repeats', type=int, default=15, help='calls timed')
     parser.add_argument('--profile', type=int, default=0, help='print so many of the costliest operations')
     parser.add_argument('--tiles', default='', help='what `bench.py linear --out` wrote, with commas')
@@ -120,19 +126,30 @@ def flops(case: what.Drawing, rows: int) -> float:
     return total + decoder_flops(case.decoder, rows * grid[0] * grid[1] * case.decoder.factor**2)
 
 
-def _measured(case: what.Drawing, nets: Any, rows: int, variant: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Times of one variant, and its tokens under 'tokens'."""
+def _rounded(graphs: tuple[Any, ...], params: tuple[Any, ...], precision: str) -> tuple[Any, tuple[Any, ...]]:
+    """Base, super-res and decoder with the products of the first two in a precision."""
+    if precision == 'none':
+        return graphs, params
+    nets = [quantized(*net, precision) for net in zip(graphs[:-1], params[:-1], strict=True)]  # pyright: ignore[reportArgumentType]
+    rounded, values = zip(*nets, strict=True)
+    return (*rounded, graphs[-1]), (*values, params[-1])
+
+
+def _measured(
+    case: what.Drawing, nets: Any, rows: int, precision: str, variant: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Times of one variant in one precision, and its tokens under 'tokens'."""
     change = combined(variant, DRAWING_VARIANTS)
     case = dataclasses.replace(
         case,
         base=dataclasses.replace(case.base, **change.config),
         superres=case.superres and dataclasses.replace(case.superres, **change.config),
     )
-    graphs = tuple(_regraphed(case))
+    graphs, params = _rounded(tuple(_regraphed(case)), nets[1], precision)
     start = time.perf_counter()
     with patched(change.patches):
         jax.clear_caches()  # the trace of a program knows nothing of patches
-        paint, arguments = program(case, graphs, nets[1], rows)
+        paint, arguments = program(case, graphs, params, rows)
         compiled = paint.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
     times = timed(lambda: compiled(*arguments)[-1], repeats=args.repeats)
@@ -168,6 +185,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for flag, given, known in (
         ('cases', args.cases, what.DRAWINGS),
         ('variants', args.variants, DRAWING_VARIANTS),
+        ('precision', args.precision, PRECISIONS),
         ('dtype', args.dtype, Dtype.__args__),
     ):
         for name in filter(None, given.replace('+', ',').split(',')):
@@ -180,9 +198,9 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         nets = _weights(case, jnp.dtype(args.dtype))
         for rows in args.batches:
             first = None
-            for variant in args.variants.split(','):
+            for precision, variant in product(filter(None, args.precision.split(',')), args.variants.split(',')):
                 try:
-                    found: dict[str, Any] = _measured(case, nets, rows, variant, args)
+                    found: dict[str, Any] = _measured(case, nets, rows, precision, variant, args)
                 except RuntimeError as error:  # does not fit into the memory: the next may
                     found = {'failed': str(error).strip().splitlines()[0][:300]}
                 tokens = found.pop('tokens', None)
@@ -191,7 +209,9 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     found['same_tokens'] = round(float(np.mean(tokens == first)), 4)
                 profile = found.pop('profile', None)
                 about = {'model': 'muse', 'case': name, 'batch': rows, 'variant': variant, 'dtype': args.dtype}
-                yield about | found | {'xla_flags': os.environ.get('XLA_FLAGS', ''), 'gpu_kernels': gpu_kernels()}
+                own = precision == 'none' and drawing_kernels(args.dtype)
+                about |= {'precision': precision, 'gpu_kernels': own}
+                yield about | found | {'xla_flags': os.environ.get('XLA_FLAGS', '')}
                 if profile:
                     yield about | {'profile': profile}
         for leaf in jax.tree.leaves(nets[1]):

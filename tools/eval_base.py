@@ -30,7 +30,7 @@ from muse.data.sources import open_source
 from muse.data.splits import HELDOUT, HELDOUT_PAIRS
 from muse.errors import UserError, main_guard, warn
 from muse.evals import masked
-from muse.release.format import graphdef_and_template
+from muse.release.format import Part, graphdef_and_template, load_part, shipped
 from muse.train.command_line import parse_flags
 
 FLAGS = flags.FLAGS
@@ -73,10 +73,11 @@ def wanted(model: muse.Muse) -> DataConfig:
     return dataclasses.replace(data, split=split, image_size=side)
 
 
-def measure(model: muse.Muse, data: DataConfig, *, number: int, seed: int, masks: int, batch_size: int) -> dict:
-    """The numbers of `masked.summary` and what they were taken on."""
+def measure(
+    model: muse.Muse, base: Part, data: DataConfig, *, number: int, seed: int, masks: int, batch_size: int
+) -> dict:
+    """The numbers of `masked.summary` of the weights `base`, and what they were taken on."""
     tok_NT, txt_NSD, len_N, captions = examples(model, open_source(data), number, seed)
-    base = model.release.base
     config = dataclasses.replace(base.config, dtype='float32', attention='xla')
     losses = masked.masked_losses(
         graphdef_and_template('base', config)[0],
@@ -102,6 +103,7 @@ def main(_: list[str]) -> None:
         model = muse.load(FLAGS.model or None)
         result = measure(
             model,
+            load_part(FLAGS.model or shipped(), 'base'),
             wanted(model),
             number=FLAGS.num,
             seed=FLAGS.seed,

@@ -12,6 +12,7 @@ from absl import flags
 from muse.config import DecodeConfig
 from muse.errors import UserError, main_guard
 from muse.jobs import rows
+from muse.nn.quantized import Precision
 from muse.settings import Superres, override
 
 FLAGS = flags.FLAGS
@@ -21,6 +22,9 @@ _CHOICES = {name: get_args(get_type_hints(DecodeConfig)[name]) for name in ('ord
 def define_knobs() -> None:
     """The flags of how to draw."""
     flags.DEFINE_string('model', None, 'Release folder; default: the model that comes with the package.')
+    flags.DEFINE_enum(
+        'precision', None, get_args(Precision), "Of the layers' products: half the memory, faster where the chip can."
+    )
     flags.DEFINE_integer('seed', 0, 'The same seed gives the same pictures.')
     flags.DEFINE_integer('steps', None, "Decoding steps; default, here and below: the model's.")
     flags.DEFINE_float('guidance_scale', None, 'How closely to follow the prompt; 0: no guidance.')

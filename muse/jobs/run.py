@@ -205,11 +205,13 @@ def refuse_all(file: str | None, out: str, rejects: Sequence[Reject], process: i
 
 
 def identity(model: Muse) -> dict[str, Any]:
-    """What is written of a release beside its pictures: its name, and the first digits of each part's hash."""
+    """What is written of a model beside its pictures: its name, the first digits of each part's hash, and its precision
+    where it is not the release's own."""
     release = model.release
     parts = ('base', 'superres', 'tokenizer', 'superres_tokenizer', 'text_encoder')
     hashes = {name: part.hash[:12] for name in parts if (part := getattr(release, name)) is not None}
-    return {'model': release.name, 'weights': hashes}
+    rounded = {} if model.cascade.precision is None else {'precision': model.cascade.precision}
+    return {'model': release.name, 'weights': hashes, **rounded}
 
 
 def picture_files(image: Image.Image, about: dict[str, Any], about_json: bytes) -> Files:

@@ -16,7 +16,7 @@ from muse.data.sources import open_source
 from muse.errors import UserError
 from muse.evals import masked
 from muse.masking import mask_ratio, masked_ce, random_mask
-from muse.release.format import graphdef_and_template
+from muse.release.format import graphdef_and_template, load_part
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'tools'))
 
@@ -33,8 +33,8 @@ def test_wrong_rows_change_every_caption():
             masked.wrong_rows(useless, 0)
 
 
-def test_losses_are_those_of_one_picture_at_a_time(tiny_model):
-    base = tiny_model.release.base
+def test_losses_are_those_of_one_picture_at_a_time(release_folder):
+    base = load_part(release_folder, 'base')
     graphdef = graphdef_and_template('base', base.config)[0]
     rng = np.random.default_rng(0)
     tok_NT = rng.integers(0, 64, (5, 16)).astype(np.int32)
@@ -70,9 +70,10 @@ def test_summary():
 
 
 @pytest.mark.filterwarnings('ignore::muse.errors.InputWarning')  # the tiny vocabulary knows few words
-def test_the_tool_on_the_sample(tiny_model):
+def test_the_tool_on_the_sample(tiny_model, release_folder):
     data = DataConfig(kind='scenes', split='heldout_pairs', image_size=16)
-    found = eval_base.measure(tiny_model, data, number=50, seed=0, masks=1, batch_size=8)
+    base = load_part(release_folder, 'base')
+    found = eval_base.measure(tiny_model, base, data, number=50, seed=0, masks=1, batch_size=8)
     assert found['pictures'] == 26
     assert found['unigram'] <= np.log(64) < found['loss']  # random weights are worse than the counts
     assert 0 <= found['caption_wins'] <= 1 and found['gain_error'] > 0
