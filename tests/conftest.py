@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 # Before anything imports jax.
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # JAX_PLATFORMS=cuda: those that need a GPU
 # Optimising machine code takes a third of the tests' time and changes none of their outcomes.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
