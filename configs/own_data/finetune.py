@@ -10,10 +10,10 @@ photos. A release of your own is taught in the same way with `init_from` after c
 Hardware: any GPU; minutes by the count of operations (tools/scaling.py --on=4090:1). On a CPU set
 --config.model.dtype=float32.
 
-Reached on two CPU cores (7e582fb), with a folder of 1,000 of the emoji drawings that the base knows under captions of
-another wording, five of them unusable: precompute took 112 s; 48 steps of 32 (--config.train.steps=48
---config.train.batch_size=32 --config.optim.warmup_steps=8) 9.5 minutes, the release included. tools/eval_base.py over
-the 15 held-out pictures: loss 2.83 (2.98 with --model=muse/assets), 0.77 below that under another's caption (0.60).
+Reached on two busy CPU cores (680a88b), with a folder of 1,000 of the emoji drawings that the base knows under captions
+of another wording, five of them unusable: precompute took 132 s; 48 steps of 32 (--config.train.steps=48
+--config.train.batch_size=32 --config.optim.warmup_steps=8) 8.3 minutes, the release included. tools/eval_base.py over
+the 15 held-out pictures: loss 3.52 (3.71 with --model=muse/assets), 0.66 below that under another's caption (0.47).
 """
 
 from muse.train.command_line import complete
