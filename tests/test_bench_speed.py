@@ -96,10 +96,11 @@ def test_patches_are_taken_back():
 def _patched_modules():
     from muse import drawing, masking
     from muse.models import fused, transformer
-    from muse.nn import attention, few_keys, fused_linear, layers, norm_kernels
+    from muse.nn import attention, attention_kernels, few_keys, fused_linear, layers, norm_kernels
     from muse.train import masked
 
-    modules = (drawing, masking, fused, transformer, attention, few_keys, fused_linear, layers, norm_kernels, masked)
+    nets = (fused, transformer, attention, attention_kernels, few_keys, fused_linear, layers, norm_kernels)
+    modules = (drawing, masking, *nets, masked)
     return {module.__name__: module for module in modules}
 
 
@@ -107,6 +108,8 @@ def test_wrong_names_are_refused(capsys):
     for flags, said in (
         (('sample', '--cases=cascade'), "--cases names 'cascade'; did you mean 'cascade_3b'?"),
         (('train', '--variants=now,plain_glu'), "did you mean 'plain_gelu'?"),
+        (('parts', '--parts=gelu,norm'), "--parts='norm' is no part of a layer"),
+        (('parts', '--chained=0'), 'give 1 or more'),
     ):
         with pytest.raises(SystemExit) as caught:
             bench.main(list(flags))
@@ -143,6 +146,7 @@ def test_train(capsys):
 def test_parts(capsys):
     """The kernels are no farther from float32 than what they stand in for."""
     lines = run(capsys, 'parts', '--tiny', '--repeats=1')
+    lines[4:6] = run(capsys, 'parts', '--tiny', '--repeats=1', '--parts=gelu', '--chained=2')
     assert len(lines) == 12 and all(line['ms_both'] > 0 and 0 < line['error'] < 0.02 for line in lines), lines
     for plain, own in zip(lines[::2], lines[1::2], strict=True):
         assert plain['part'] == own['part'] and own['error'] < 1.3 * plain['error'] + 1e-3, (plain, own)

@@ -1,11 +1,13 @@
 """Parts of a layer between its products, forward and backward: XLA's and cuDNN's ways beside this project's kernels.
 
     python tools/bench.py parts                        at sizes of the paper's 632M base (batch 64) and super-res (8)
+    python tools/bench.py parts --parts='sum and norm,self-attention' --chained=10
     python tools/bench.py parts --tiny --repeats=1     on a CPU, where the kernels are interpreted
 
 Each line is one part in one way: milliseconds of the forward pass, and of both; the milliseconds that its arrays would
 take at --terabytes a second; and how far results and gradients are from those of float32 (root of the mean square of
-the difference, as a share), which for the kernels must be about what it is for the others.
+the difference, as a share), which for the kernels must be about what it is for the others. Without --chained a time may
+be that of the host, which starts each call: it takes some hundredths of a millisecond, a busy one more.
 """
 
 from __future__ import annotations
@@ -15,29 +17,47 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from muse.nn import norm_kernels
+from muse.errors import UserError
+from muse.nn import attention_kernels, norm_kernels
 from muse.nn.attention import attention
-from muse.nn.attention_kernels import TURNS, normed_attention
+from muse.nn.attention_kernels import Split, normed_attention
 from muse.nn.layers import gelu
+from muse.nn.norm_kernels import Tiling
 from muse.nn.norms import norm_after, rms_norm
 
 _EPSILON = 1e-6
 _TURNS = ((16, 8), (32, 4), (32, 8), (32, 16), (64, 4), (64, 8), (64, 16))
+_QUERIES = ((16, 1, 4), (16, 1, 8), (16, 2, 8), (32, 1, 4), (32, 1, 8), (32, 2, 8), (64, 1, 8))
+_KEYS = ((64, 32, 8), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8))
+# Each of queries' settings with one of keys', and the other way round.
+_SPLITS = (*(Split(*each, *_KEYS[0]) for each in _QUERIES), *(Split(*_QUERIES[1], *each) for each in _KEYS[1:]))
+_TILINGS = (  # of the norm's forward and backward pass: elements that a program holds, warps, tiles
+    (Tiling(4096, 8, 1), Tiling(4096, 4, 2)),
+    (Tiling(2048, 2, 1), Tiling(4096, 4, 4)),
+    (Tiling(2048, 4, 1), Tiling(2048, 4, 8)),
+    (Tiling(2048, 8, 1), Tiling(2048, 4, 16)),
+    (Tiling(1024, 1, 1), Tiling(1024, 1, 8)),
+    (Tiling(1024, 2, 1), Tiling(1024, 2, 8)),
+    (Tiling(1024, 4, 1), Tiling(1024, 4, 16)),
+    (Tiling(8192, 8, 1), Tiling(4096, 8, 4)),
+)
 
 
 class Way(NamedTuple):
-    """How a part is computed; `norm_kernels` says which norms are used, None those of the chip; `turn` are queries and
-    warps of the attention kernel's backward pass where they are not its own choice."""
+    """How a part is computed; `norm_kernels` says which norms are used, None those of the chip; `settings` are
+    constants of modules that are something else meanwhile."""
 
     call: Callable[..., Any]
     norm_kernels: bool | None = None
-    turn: tuple[int, int] | None = None
+    settings: tuple[tuple[ModuleType, str, Any], ...] = ()
 
 
 class Part(NamedTuple):
@@ -52,6 +72,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this bench."""
     parser.add_argument('--repeats', type=int, default=20, help='calls timed together')
     parser.add_argument('--terabytes', type=float, default=3.0, help='a second, of memory')
+    parser.add_argument('--parts', default='', help='only these, with commas between')
+    parser.add_argument('--chained', type=int, default=1, help='calls in one program, one after another')
     parser.add_argument('--tiny', action='store_true', help='sizes for a CPU')
 
 
@@ -88,9 +110,9 @@ def parts(tiny: bool) -> Iterator[Part]:
     def alone(x: Any, scale: Any) -> Any:
         return rms_norm(x, scale, _EPSILON)
 
-    yield Part('sum and norm', (x, x, (width,)), {'xla': Way(after, False), 'own': Way(after, True)})
+    yield Part('sum and norm', (x, x, (width,)), _norm_ways(after, width, tiny))
     by_heads = (rows, tokens, heads, head)
-    yield Part('heads norm', (by_heads, (head,)), {'xla': Way(alone, False), 'own': Way(alone, True)})
+    yield Part('heads norm', (by_heads, (head,)), _norm_ways(alone, head, tiny))
     derived = Way(lambda x: jax.nn.gelu(x, approximate=True))
     yield Part('gelu', ((rows, tokens, 4 * width),), {'derived': derived, 'own': Way(gelu)})
     large = (max(rows // 8, 1), high**2, heads, head)
@@ -100,10 +122,36 @@ def parts(tiny: bool) -> Iterator[Part]:
         ('multi-axis attention', large, large, high, None),
     ):
         plain, own = (Way(partial(call, groups, lengths)) for call in (_plain_attention, _own_attention))
-        ways = {'xla or cudnn': plain, 'own': own}
-        for turn in () if tiny else _TURNS:
-            ways[f'own, {turn[0]} queries, {turn[1]} warps'] = own._replace(turn=turn)
+        ways = {'xla or cudnn': plain, 'own': own, **({} if tiny else _attention_ways(own))}
         yield Part(name, (queries, keys, keys, (head,), (head,)), ways)
+
+
+def _norm_ways(call: Callable[..., Any], width: int, tiny: bool) -> dict[str, Way]:
+    ways = {'xla': Way(call, False), 'own': Way(call, True)}
+    for forward, backward in () if tiny else _TILINGS:
+        name = f'own, {forward.rows(width)} rows, {forward.warps} warps'
+        name += f'; {backward.tiles} times {backward.rows(width)} rows, {backward.warps} warps'
+        settings = ((norm_kernels, 'FORWARD', forward), (norm_kernels, 'BACKWARD', backward))
+        ways[name] = Way(call, True, settings)
+    return ways
+
+
+def _attention_ways(own: Way) -> dict[str, Way]:
+    """Other settings of the backward pass: as one kernel, and as two."""
+    ways = {}
+    for turn in _TURNS:
+        settings = ((attention_kernels, 'TURNS', {256: turn}), (attention_kernels, 'SPLITS', {}))
+        ways[f'own, {turn[0]} queries, {turn[1]} warps'] = own._replace(settings=settings)
+    for split in _SPLITS:
+        name = f'own, {split.queries} queries, {split.programs} programs, {split.warps} warps'
+        name += f'; {split.keys} keys, {split.key_queries} queries, {split.key_warps} warps'
+        ways[name] = own._replace(settings=((attention_kernels, 'SPLITS', {256: split}),))
+    return ways
+
+
+def _forward(way: Callable[..., Any], inputs: tuple) -> Any:
+    """As it is where a gradient is asked for: elsewhere norms are plain ones."""
+    return jax.vjp(way, *inputs)[0]
 
 
 def _both(way: Callable[..., Any], inputs: tuple, weights: list) -> Any:
@@ -126,18 +174,24 @@ def _error(found: Any, exact: Any) -> float:
 
 
 @contextlib.contextmanager
-def _set_to(kernels: bool | None, turn: tuple[int, int] | None = None) -> Iterator[None]:
-    takes, turns = norm_kernels.takes, dict(TURNS)
+def _set_to(kernels: bool | None, settings: tuple[tuple[ModuleType, str, Any], ...] = ()) -> Iterator[None]:
     if kernels is not None:
-        norm_kernels.takes = norm_kernels.fits if kernels else lambda x: False
-    if turn is not None:
-        TURNS.update(dict.fromkeys(TURNS, turn))
-    jax.clear_caches()  # a trace knows nothing of what was set
-    try:
+        settings = (*settings, (norm_kernels, 'takes', norm_kernels.fits if kernels else lambda x: False))
+    with contextlib.ExitStack() as stack:
+        for each in settings:
+            stack.enter_context(mock.patch.object(*each))
+        jax.clear_caches()  # a trace knows nothing of what was set
         yield
-    finally:
-        norm_kernels.takes = takes
-        TURNS.update(turns)
+
+
+def _chained(call: Callable[..., Any], times: int, inputs: tuple, *more: Any) -> list:
+    """All that so many calls return, of which each has to wait for the one before and shares nothing with it."""
+    every = []
+    for _ in range(times):
+        every.append(call(inputs, *more))
+        last = jax.tree.leaves(every[-1])[-1]
+        inputs, _ = jax.lax.optimization_barrier((inputs, last))
+    return every
 
 
 def _measured(part: Part, way: Way, args: argparse.Namespace) -> dict[str, Any]:
@@ -145,11 +199,13 @@ def _measured(part: Part, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     drawn = [jax.random.normal(key, shape) + (len(shape) == 1) for key, shape in zip(keys, part.inputs, strict=False)]
     inputs = tuple(x if x.ndim == 1 else x.astype(jnp.bfloat16) for x in drawn)
     weights = [jax.random.normal(key, part.inputs[0]).astype(jnp.bfloat16) for key in keys[-2:]]
-    with _set_to(way.norm_kernels, way.turn):
-        forward, both = jax.jit(way.call), jax.jit(partial(_both, way.call))
-        found = {'ms_forward': round(_ms(lambda: forward(*inputs), args.repeats), 4)}
-        found['ms_both'] = round(_ms(lambda: both(inputs, weights), args.repeats), 4)
-        results = both(inputs, weights)
+    times = args.chained
+    with _set_to(way.norm_kernels, way.settings):
+        forward = jax.jit(partial(_chained, partial(_forward, way.call), times))
+        both = jax.jit(partial(_chained, partial(_both, way.call), times))
+        found = {'ms_forward': round(_ms(lambda: forward(inputs), args.repeats) / times, 4)}
+        found['ms_both'] = round(_ms(lambda: both(inputs, weights), args.repeats) / times, 4)
+        results = both(inputs, weights)[0]
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, inputs, results, weights)))
     found['ms_by_bytes'] = round(moved / args.terabytes / 1e9, 4)
     with _set_to(False), jax.default_matmul_precision('highest'):
@@ -159,9 +215,20 @@ def _measured(part: Part, way: Way, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _chosen(args: argparse.Namespace) -> list[Part]:
+    known = {part.name: part for part in parts(args.tiny)}
+    names = [name.strip() for name in args.parts.split(',')] if args.parts else list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f'--parts={name!r} is no part of a layer: take some of {", ".join(known)}')
+    if args.chained < 1:
+        raise UserError(f'--chained={args.chained} calls in a program: give 1 or more')
+    return [known[name] for name in names]
+
+
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each part in each way."""
-    for part in parts(args.tiny):
+    for part in _chosen(args):
         for name, way in part.ways.items():
             about = {'part': part.name, 'way': name, 'shape': part.inputs[0]}
             try:

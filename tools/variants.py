@@ -17,8 +17,8 @@ import optax
 
 from muse import drawing, masking
 from muse.models import fused, transformer
-from muse.nn import few_keys, fused_linear, layers, norm_kernels
-from muse.nn.attention_kernels import ATTENTION_KERNEL
+from muse.nn import attention_kernels, few_keys, fused_linear, layers, norm_kernels
+from muse.nn.attention_kernels import ATTENTION_KERNEL, Split
 from muse.train import masked
 
 Undo = Callable[[], None]
@@ -125,6 +125,11 @@ def _plain_norms() -> Undo:
     return _set(norm_kernels, 'takes', lambda x: False)
 
 
+def _split_attention() -> Undo:
+    """The backward pass of attention's own kernels is two kernels, which leave more of them room at a time."""
+    return _set(attention_kernels, 'SPLITS', {256: Split(16, 1, 8, 32, 32, 4)})
+
+
 def _plain_gelu() -> Undo:
     """GELU's gradient is derived by JAX."""
     return _set(layers, 'gelu', lambda x: jax.nn.gelu(x, approximate=True))
@@ -193,6 +198,7 @@ PATCHES: dict[str, Callable[[], Undo]] = {
     'plain_ce': _plain_ce,
     'stack_first': _stack_first,
     'plain_norms': _plain_norms,
+    'split_attention': _split_attention,
     'plain_gelu': _plain_gelu,
     'cast_each': _cast_each,
     'dots_alone': _dots_alone,
@@ -226,6 +232,7 @@ TRAINING_VARIANTS: dict[str, Variant] = {
     'none': Variant(config={'remat': 'none'}),
     **{f'accumulate_{n}': Variant(train={'accumulate': n}) for n in (2, 4, 8)},
     **{name: Variant(patches=(name,)) for name in PATCHES if name not in _OF_DRAWING},
+    'split_attention': Variant(config={'attention': 'fused'}, patches=('split_attention',)),
     'no_hidden': Variant(config={'remat': 'dots'}, patches=('no_hidden',)),
     'attention_alone': Variant(config={'remat': 'dots'}, patches=('attention_alone',)),
     'dots_alone': Variant(config={'remat': 'dots'}, patches=('dots_alone',)),

@@ -2,8 +2,9 @@
 
 All keys of a row fit into one program, so that its softmax needs no second look, and the backward pass needs nothing of
 the forward one: it makes queries' and keys' norms and the weights again, and the gradients of all three and of both
-norms' scales in one pass over memory. Multi-axis attention is the same kernel over rows that lie apart: nothing is
-copied into the order of blocks or out of it.
+norms' scales in one pass over memory; or (`SPLITS`, a candidate) queries' and keys' gradients in two kernels, of which
+more fit onto a processor. Multi-axis attention is the same kernel over rows that lie apart: nothing is copied into the
+order of blocks or out of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,24 @@ _HEADS = (16, 64)
 # Up to so many keys the backward pass takes this many queries a turn, in this many warps: what leaves registers for the
 # gradients of the keys and values.
 TURNS = {64: (64, 4), 128: (64, 8), 256: (32, 8)}
+
+
+class Split(NamedTuple):
+    """A backward pass in two kernels, each of fewer registers a program than one for both.
+
+    `queries` of a turn in the first one, whose programs take 1/`programs` of a row's queries, against all keys, in so
+    many `warps`. `keys` of a program in the second one, against `key_queries` a turn, in `key_warps`.
+    """
+
+    queries: int
+    programs: int
+    warps: int
+    keys: int
+    key_queries: int
+    key_warps: int
+
+
+SPLITS: dict[int, Split] = {}  # as TURNS; where it has no entry, one kernel makes all gradients
 _NEVER = -1e30  # a logit of what must not be seen
 
 
@@ -40,6 +59,16 @@ def fits(q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> bool:
 def _turn(keys: int) -> tuple[int, int]:
     queries, warps = next(turn for most, turn in TURNS.items() if keys <= most)
     return min(queries, keys), warps
+
+
+def _split(queries: int, keys: int) -> Split | None:
+    """The setting for so many keys, with no more of anything than there is."""
+    split = next((split for most, split in SPLITS.items() if keys <= most), None)
+    if split is None:
+        return None
+    turn, key_turn = math.gcd(split.queries, queries), math.gcd(split.key_queries, queries)
+    programs = math.gcd(split.programs, queries // turn)
+    return Split(turn, programs, split.warps, min(split.keys, keys), key_turn, split.key_warps)
 
 
 def normed_attention(
@@ -97,10 +126,21 @@ def _attention_forward(q, k, v, query_scale, key_scale, lengths, options):
 
 
 def _attention_backward(options, residuals, grad):
-    dq, dk, dv, query_parts, key_parts = _backward(*residuals, grad, options)
+    q, k = residuals[:2]
+    split = _split(q.shape[1] // options.groups, k.shape[1] // options.groups)
+    if split is None:
+        dq, dk, dv, query_parts, key_parts = _backward(*residuals, grad, options)
+    else:
+        dq, *of_queries, query_parts = _backward_queries(*residuals, grad, options, split)
+        dk, dv, key_parts = _backward_keys(*of_queries, *residuals[1:3], *residuals[4:], grad, options, split)
     query_scale, key_scale = residuals[3:5]
-    sums = [jnp.sum(x, axis=(0, 1, 2)) for x in (query_parts, key_parts)]
+    sums = [_sum_of_parts(x) for x in (query_parts, key_parts)]
     return dq, dk, dv, sums[0].astype(query_scale.dtype), sums[1].astype(key_scale.dtype), None
+
+
+def _sum_of_parts(parts: Float[Array, 'B P N H']) -> Float[Array, ' H']:
+    """Row by row first, and not merged into one sum, for which the compiler would take a single thread block."""
+    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(parts, axis=(1, 2))), axis=0)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -230,6 +270,7 @@ def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
         dk, dv, query_part = jax.lax.fori_loop(0, tokens // groups // queries, turn, sums)
         key_part = jnp.zeros((width,), jnp.float32)
         if not normed:
+            k = triton.load(k_ref.at[at_k], volatile=True)  # again: registers cannot hold it meanwhile
             dk, key_part = _norm_gradients(k, key_scale, dk, epsilon)
         triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
         triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
@@ -241,3 +282,110 @@ def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
     out_shape = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), parts, parts]
     inputs = (q, k, v, query_scale, key_scale, lengths, grad)
     return _pallas(kernel, (groups * heads, rows), inputs, out_shape, 'attention_backward', warps)
+
+
+@partial(jax.jit, static_argnames=('options', 'split'))  # so that all layers are lowered once
+def _backward_queries(q, k, v, query_scale, key_scale, lengths, grad, options, split):
+    """Gradients of the queries; their norms, and what a query's weights need to be made again from one logit alone:
+    the logarithm of the sum of its powers of two, and the sum of its weights' gradients times them; parts of the
+    gradient of the norm's scale."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    scale, epsilon, groups, normed = options
+    (rows, tokens, heads, width), keys = q.shape, k.shape[1] // groups
+    turns = tokens // groups // split.queries // split.programs
+
+    def kernel(
+        q_ref, k_ref, v_ref, query_scale_ref, key_scale_ref, lengths_ref, grad_ref,
+        dq_ref, normed_ref, logarithm_ref, along_ref, part_ref,
+    ):  # fmt: skip
+        program, place, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        group, head = place // heads, place % heads
+        columns = jnp.arange(width)[None, :]
+        query_scale, seen = query_scale_ref[...], (jnp.arange(keys) < lengths_ref[row])[None, :]
+        at_k = (row, _places(group, head, groups, 0, keys)[:, None], head, columns)
+        k, v = triton.load(k_ref.at[at_k]), triton.load(v_ref.at[at_k])
+        k = k if normed else _norm(k, key_scale_ref[...], epsilon)
+
+        def turn(i, part):
+            first = (program * turns + i) * split.queries
+            at_q = (row, _places(group, head, groups, first, split.queries)[:, None], head, columns)
+            q, grad = triton.load(q_ref.at[at_q]), triton.load(grad_ref.at[at_q])
+            normed_q = _norm(q, query_scale, epsilon)
+            logits = jnp.where(seen, _dot(normed_q, k, 1, 1) * (scale * math.log2(math.e)), _NEVER)
+            most = jnp.max(logits, axis=1)
+            logarithm = most + jnp.log2(jnp.sum(jnp.exp2(logits - most[:, None]), axis=1))
+            weights = jnp.exp2(logits - logarithm[:, None])
+            dweights = _dot(grad, v, 1, 1)
+            along = jnp.sum(weights * dweights, axis=1)
+            dlogits = (weights * (dweights - along[:, None]) * scale).astype(q.dtype)
+            dq, more = _norm_gradients(q, query_scale, _dot(dlogits, k, 1, 0), epsilon)
+            triton.store(dq_ref.at[at_q], dq.astype(q.dtype))
+            triton.store(normed_ref.at[at_q], normed_q)
+            at_sum = (row, place, first + jnp.arange(split.queries))
+            triton.store(logarithm_ref.at[at_sum], logarithm)
+            triton.store(along_ref.at[at_sum], along)
+            return part + more
+
+        part = jax.lax.fori_loop(0, turns, turn, jnp.zeros((width,), jnp.float32))
+        triton.store(part_ref.at[row, program, place, jnp.arange(width)], part)
+
+    of_q = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    sums = jax.ShapeDtypeStruct((rows, groups * heads, tokens // groups), jnp.float32)
+    parts = jax.ShapeDtypeStruct((rows, split.programs, groups * heads, width), jnp.float32)
+    grid, inputs = (split.programs, groups * heads, rows), (q, k, v, query_scale, key_scale, lengths, grad)
+    out_shape = [of_q, of_q, sums, sums, parts]
+    return _pallas(kernel, grid, inputs, out_shape, 'attention_backward_queries', split.warps)
+
+
+@partial(jax.jit, static_argnames=('options', 'split'))  # so that all layers are lowered once
+def _backward_keys(normed_q, logarithms, alongs, k, v, key_scale, lengths, grad, options, split):
+    """Gradients of the keys and values, and parts of the gradient of the keys' norm's scale."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    scale, epsilon, groups, normed = options
+    (rows, tokens, heads, width), keys = normed_q.shape, k.shape[1] // groups
+
+    def kernel(
+        q_ref, logarithm_ref, along_ref, k_ref, v_ref, key_scale_ref, lengths_ref, grad_ref,
+        dk_ref, dv_ref, part_ref,
+    ):  # fmt: skip
+        program, place, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        group, head = place // heads, place % heads
+        first, columns, key_scale = program * split.keys, jnp.arange(width)[None, :], key_scale_ref[...]
+        seen = (first + jnp.arange(split.keys) < lengths_ref[row])[:, None]
+        at_k = (row, _places(group, head, groups, first, split.keys)[:, None], head, columns)
+        k, v = triton.load(k_ref.at[at_k]), triton.load(v_ref.at[at_k])
+        normed_k = k if normed else _norm(k, key_scale, epsilon)
+
+        def turn(i, sums):
+            dk, dv = sums
+            first = i * split.key_queries
+            at_q = (row, _places(group, head, groups, first, split.key_queries)[:, None], head, columns)
+            q, grad = triton.load(q_ref.at[at_q]), triton.load(grad_ref.at[at_q])
+            at_sum = (row, place, first + jnp.arange(split.key_queries))
+            logits = _dot(normed_k, q, 1, 1) * (scale * math.log2(math.e))
+            logits = logits - triton.load(logarithm_ref.at[at_sum])[None, :]
+            weights = jnp.exp2(jnp.where(seen, logits, _NEVER))
+            dv = dv + _dot(weights.astype(v.dtype), grad, 1, 0)
+            dlogits = weights * (_dot(v, grad, 1, 1) - triton.load(along_ref.at[at_sum])[None, :]) * scale
+            return dk + _dot(dlogits.astype(q.dtype), q, 1, 0), dv
+
+        nothing = jnp.zeros((split.keys, width), jnp.float32)
+        dk, dv = jax.lax.fori_loop(0, tokens // groups // split.key_queries, turn, (nothing, nothing))
+        part = jnp.zeros((width,), jnp.float32)
+        if not normed:
+            k = triton.load(k_ref.at[at_k], volatile=True)  # again: registers cannot hold it meanwhile
+            dk, part = _norm_gradients(k, key_scale, dk, epsilon)
+        triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
+        triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
+        triton.store(part_ref.at[row, program, place, jnp.arange(width)], part)
+
+    programs = keys // split.keys
+    parts = jax.ShapeDtypeStruct((rows, programs, groups * heads, width), jnp.float32)
+    out_shape = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)), parts]
+    inputs = (normed_q, logarithms, alongs, k, v, key_scale, lengths, grad)
+    grid = (programs, groups * heads, rows)
+    return _pallas(kernel, grid, inputs, out_shape, 'attention_backward_keys', split.key_warps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,24 @@ from jaxtyping import Array, Float
 
 from muse.nn.devices import ROWS, gpu_kernels, mesh_split, platform
 
-_TILE = 4096  # elements that a program holds at a time: 32 for each of its threads
-_WARPS = 4
-_TILES = 8  # that a program of the backward pass goes through
 _WIDTHS = (32, 4096)
+
+
+class Tiling(NamedTuple):
+    """`elements` that a program holds at a time, of which each thread of its `warps` has a share; how many such `tiles`
+    it goes through."""
+
+    elements: int
+    warps: int
+    tiles: int
+
+    def rows(self, width: int) -> int:
+        """Of a tile: whole ones."""
+        return max(self.elements // width, 1)
+
+
+FORWARD = Tiling(4096, 4, 1)  # held at once: one tile
+BACKWARD = Tiling(4096, 4, 8)
 
 
 def takes(x: Float[Array, '... D']) -> bool:
@@ -36,7 +50,8 @@ def fits(x: Float[Array, '... D']) -> bool:
     """Whether each device's rows of x are whole tiles, and their width is a power of two."""
     width, (_, axes) = x.shape[-1], _split(x)
     rows = x.size // width // math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    return width & (width - 1) == 0 and _WIDTHS[0] <= width <= _WIDTHS[1] and rows % (_TILE // width) == 0
+    whole = all(rows % tiling.rows(width) == 0 for tiling in (FORWARD, BACKWARD))
+    return width & (width - 1) == 0 and _WIDTHS[0] <= width <= _WIDTHS[1] and whole
 
 
 def _split(x: Array) -> tuple[P, tuple[str, ...]]:
@@ -75,15 +90,15 @@ def _each_device(run: Any, x: Array, split: tuple, whole: tuple, parts: tuple[bo
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*split, *whole)
 
 
-def _call(kernel: Any, inputs: tuple, scale_D: Array, tiles: int, outputs: int, parts: bool) -> Any:
-    """A kernel over blocks of so many tiles of all `inputs`, which have one shape."""
+def _call(kernel: Any, inputs: tuple, scale_D: Array, tiling: Tiling, outputs: int, parts: bool) -> Any:
+    """A kernel over blocks of tiles of all `inputs`, which have one shape."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     x = inputs[0]
     width = x.shape[-1]
     rows = x.size // width
-    block = tiles * (_TILE // width)
+    block = tiling.tiles * tiling.rows(width)
     programs = rows // block
     by_rows = pl.BlockSpec((block, width), lambda i: (i, 0))
     out_shape, out_specs = [jax.ShapeDtypeStruct((rows, width), x.dtype)] * outputs, [by_rows] * outputs
@@ -96,7 +111,7 @@ def _call(kernel: Any, inputs: tuple, scale_D: Array, tiles: int, outputs: int, 
         in_specs=[*([by_rows] * len(inputs)), pl.BlockSpec((width,), lambda i: (0,))],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=1),
         interpret=platform() == 'cpu',
     )(*(each.reshape(rows, width) for each in inputs), scale_D)
     return *(each.reshape(x.shape) for each in found[:outputs]), *found[outputs:]
@@ -108,22 +123,24 @@ def _forward(*given: Array, epsilon: float) -> Any:
     added = len(inputs) > 1
 
     def kernel(*refs: Any) -> None:
+        scale = refs[len(inputs)][...]  # ahead of what is stored, behind which it would wait
         total = refs[0][...]
         if added:
             total = total + refs[1][...]
             refs[-2][...] = total
         total32 = total.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(total32 * total32, axis=-1, keepdims=True) + epsilon)
-        refs[-1][...] = (total32 * inverse * refs[len(inputs)][...]).astype(total.dtype)
+        refs[-1][...] = (total32 * inverse * scale).astype(total.dtype)
 
-    return _call(kernel, tuple(inputs), scale_D, 1, len(inputs), parts=False)
+    return _call(kernel, tuple(inputs), scale_D, FORWARD, len(inputs), parts=False)
 
 
 @partial(jax.jit, static_argnames='epsilon')  # so that all layers are lowered once
 def _backward(*given: Array, epsilon: float) -> Any:
     *inputs, scale_D = given
-    rows_a_tile = _TILE // inputs[0].shape[-1]
-    tiles = math.gcd(_TILES, inputs[0].size // _TILE)
+    width = inputs[0].shape[-1]
+    rows_a_tile = BACKWARD.rows(width)
+    tiles = math.gcd(BACKWARD.tiles, inputs[0].size // width // rows_a_tile)
 
     def kernel(*refs: Any) -> None:
         from jax.experimental import pallas as pl
@@ -143,7 +160,7 @@ def _backward(*given: Array, epsilon: float) -> Any:
             out_ref[tile, :] = grad_x.astype(out_ref.dtype)
             return part + grad * x * inverse
 
-        nothing = jnp.zeros((rows_a_tile, inputs[0].shape[-1]), jnp.float32)
+        nothing = jnp.zeros((rows_a_tile, width), jnp.float32)
         part_ref[...] = jnp.sum(jax.lax.fori_loop(0, tiles, one, nothing), axis=0)
 
-    return _call(kernel, tuple(inputs), scale_D, tiles, 1, parts=True)
+    return _call(kernel, tuple(inputs), scale_D, BACKWARD._replace(tiles=tiles), 1, parts=True)

@@ -11,8 +11,9 @@ from flax import nnx
 
 from muse.config import MeshConfig
 from muse.mesh import make_mesh
+from muse.nn import attention_kernels
 from muse.nn.attention import CrossAttention, MultiAxisAttention, SelfAttention, with_null
-from muse.nn.attention_kernels import fits, normed_attention
+from muse.nn.attention_kernels import Split, fits, normed_attention
 
 WIDTH, HEADS = 64, 4
 
@@ -63,8 +64,21 @@ def close(found, expected, tolerance):
 KINDS = [(self_attention, 32), (cross_attention, 32), pytest.param(multi_axis, 256, marks=pytest.mark.slow)]
 
 
+FORMS = ['one kernel', pytest.param('two kernels', marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def form(request, monkeypatch):
+    """Of the backward pass."""
+    if request.param == 'two kernels':
+        monkeypatch.setattr(attention_kernels, 'SPLITS', {256: Split(16, 2, 4, 16, 32, 4)})
+        monkeypatch.setattr(attention_kernels, '_backward', None)
+    return request.param
+
+
+@pytest.mark.parametrize('form', FORMS, indirect=True)
 @pytest.mark.parametrize(('make', 'tokens'), KINDS)
-def test_kernels_are_plain_attention_in_float32(make, tokens):
+def test_kernels_are_plain_attention_in_float32(make, tokens, form):
     x_BTD = jax.random.normal(jax.random.key(1), (2, tokens, WIDTH))
     plain, fused = (results(make, backend, x_BTD) for backend in ('xla', 'fused'))
     close(fused, plain, 2e-5)
@@ -72,8 +86,9 @@ def test_kernels_are_plain_attention_in_float32(make, tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('form', FORMS, indirect=True)
 @pytest.mark.parametrize(('make', 'tokens'), KINDS)
-def test_kernels_in_bfloat16_are_as_near_to_float32_as_the_plain_way(make, tokens):
+def test_kernels_in_bfloat16_are_as_near_to_float32_as_the_plain_way(make, tokens, form):
     x_BTD = jax.random.normal(jax.random.key(1), (2, tokens, WIDTH)).astype(jnp.bfloat16)
     exact = results(make, 'xla', x_BTD.astype(jnp.float32))
     plain, fused = (results(make, backend, x_BTD) for backend in ('xla', 'fused'))
@@ -86,39 +101,57 @@ def test_kernels_in_bfloat16_are_as_near_to_float32_as_the_plain_way(make, token
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('form', FORMS, indirect=True)
 @pytest.mark.parametrize('make', [self_attention, cross_attention])
-def test_kernels_on_a_mesh(make):
+def test_kernels_on_a_mesh(make, form):
     x_BTD = jax.random.normal(jax.random.key(1), (8, 32, WIDTH))
     expected = results(make, 'xla', x_BTD)
     close(results(make, 'fused', x_BTD, MeshConfig(data=2, fsdp=2, tensor=2)), expected, 2e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('queries', 'keys'), [(256, 256), (256, 128)])
-def test_kernels_at_the_papers_sizes(queries, keys):
-    """More turns of the backward pass than one, and as many keys as there may be."""
+def gradients(queries, keys, head, dtype='float32'):
+    """Of queries, keys, values and both scales, by the kernels and by the formula in float32; rows' lengths differ."""
     draw = jax.random.split(jax.random.key(0), 4)
-    q, w = (jax.random.normal(key, (1, queries, 2, 64)) for key in draw[:2])
-    k, v = (jax.random.normal(key, (1, keys, 2, 64)) for key in draw[2:])
-    scale, lengths = jnp.linspace(0.5, 1.5, 64), jnp.array([keys - 3])
+    q, w = (jax.random.normal(key, (2, queries, 2, head)).astype(dtype) for key in draw[:2])
+    k, v = (jax.random.normal(key, (2, keys, 2, head)).astype(dtype) for key in draw[2:])
+    scales, lengths = (jnp.linspace(0.5, 1.5, head), jnp.linspace(1.3, 0.4, head)), jnp.array([keys - 3, 1 + keys // 4])
     assert fits(q, k)
 
     def norm(x, scale):
         return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
 
-    def plain(q, k, v, scale):
-        logits = jnp.einsum('btnh,bsnh->bnts', norm(q, scale), norm(k, jnp.flip(scale))) * 0.125
-        logits = jnp.where(jnp.arange(keys) < keys - 3, logits, -jnp.inf)
+    def plain(q, k, v, *scales):
+        logits = jnp.einsum('btnh,bsnh->bnts', norm(q, scales[0]), norm(k, scales[1])) * 0.125
+        logits = jnp.where((jnp.arange(keys) < lengths[:, None])[:, None, None], logits, -jnp.inf)
         return jnp.einsum('bnts,bsnh->btnh', jax.nn.softmax(logits), v)
 
-    def fused(q, k, v, scale):
-        return normed_attention(q, k, v, scale, jnp.flip(scale), lengths, scale=0.125, epsilon=1e-6)
+    def fused(q, k, v, *scales):
+        return normed_attention(q, k, v, *scales, lengths, scale=0.125, epsilon=1e-6)
 
-    found, expected = (
-        jax.grad(lambda *a, run=run: jnp.sum(run(*a) * w), argnums=(0, 1, 2, 3))(q, k, v, scale)
-        for run in (fused, plain)
-    )
-    close(found, expected, 2e-5)
+    def gradient(run, *inputs):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(run(*a).astype('float32') * w), argnums=(0, 1, 2, 3, 4)))(*inputs)
+
+    return gradient(fused, q, k, v, *scales), gradient(plain, *(x.astype('float32') for x in (q, k, v)), *scales)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form', FORMS, indirect=True)
+@pytest.mark.parametrize(('queries', 'keys'), [(256, 256), (256, 128)])
+def test_kernels_at_the_papers_sizes(queries, keys, form):
+    """More turns of the backward pass than one, and as many keys as there may be."""
+    close(*gradients(queries, keys, 64), 2e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('split', [Split(16, 2, 4, 16, 32, 4), Split(64, 8, 4, 128, 16, 4)])
+def test_a_backward_pass_of_two_kernels(split, dtype, monkeypatch):
+    """Several programs and turns of each; settings larger than there are queries or keys."""
+    one_kernel, expected = gradients(64, 32, 16, dtype)
+    monkeypatch.setattr(attention_kernels, 'SPLITS', {256: split})
+    monkeypatch.setattr(attention_kernels, '_backward', None)
+    found, _ = gradients(64, 32, 16, dtype)
+    close(found, expected, 2e-5 if dtype == 'float32' else 0.03)
+    close(found, one_kernel, 5e-6 if dtype == 'float32' else 0.004)
 
 
 def test_other_shapes_are_left_to_other_kernels():

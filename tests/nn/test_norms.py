@@ -94,6 +94,22 @@ def test_rows_that_are_no_whole_tiles_are_left_to_the_plain_way():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('tilings', [((1024, 1, 1), (2048, 4, 4)), ((8192, 8, 1), (512, 1, 16))])
+def test_any_tiling_gives_the_same(tilings, shape, monkeypatch):
+    """Also one of less than a row, which then holds one."""
+    for name, tiling in zip(('FORWARD', 'BACKWARD'), tilings, strict=True):
+        monkeypatch.setattr(norm_kernels, name, norm_kernels.Tiling(*tiling))
+    monkeypatch.setattr(norm_kernels, 'takes', norm_kernels.fits)
+    x, more, scale, weights = inputs(shape, jnp.float32)
+    assert norm_kernels.fits(x)
+    ours, plain, arguments = cases(x, more, scale)['after']
+    found, expected = (results(run, arguments, weights) for run in (ours, plain))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=8)])
 def test_kernels_on_a_mesh(mesh, monkeypatch):
     monkeypatch.setattr(norm_kernels, 'takes', norm_kernels.fits)
