@@ -25,6 +25,7 @@ from muse.errors import UserError, warn
 from muse.nn.quantized import Precision, check_precision
 from muse.release.format import Release, load_release, shipped
 from muse.settings import Row, Settings, Superres
+from muse.text.tokenizer import clean
 
 __all__ = ['Drawn', 'Muse', 'Picture', 'Row', 'Settings', 'load', 'traces']
 
@@ -37,8 +38,8 @@ def load(path: str | Path | None = None, *, precision: Precision | None = None) 
     Args:
         path: the folder.
         precision: of the matrix products in the layers of base and super-res: 'int8' or 'fp8' for half the memory of
-            bfloat16 and, on chips that have such products, up to twice their speed (`muse.nn.quantized`); None: as the
-            release says.
+            their weights in bfloat16 (`muse.nn.quantized`; docs/sampling.md has what it costs); None: as the release
+            says.
 
     Raises:
         UserError: a missing, damaged or inconsistent release; another precision.
@@ -135,7 +136,7 @@ class Muse:
             size=draft.canvas.size,
             superres=draft.superres,
         )
-        if checked.negative_prompt.strip() and checked.guidance_scale == 0 and not checked.superres:
+        if clean(checked.negative_prompt) and checked.guidance_scale == 0 and not checked.superres:
             warn('negative_prompt has no effect at guidance_scale 0')
         return checked
 

@@ -35,7 +35,6 @@ from muse.errors import UserError, nearest
 from muse.models.superres import Superres
 from muse.models.transformer import Transformer
 from muse.models.vqgan import VQGAN
-from muse.nn.devices import drawing_kernels
 from muse.nn.quantized import Precision, quantized
 from muse.train.flops import base_draw_flops, decoder_flops, superres_draw_flops
 from tools import cases as what
@@ -149,12 +148,14 @@ def _measured(
     start = time.perf_counter()
     with patched(change.patches):
         jax.clear_caches()  # the trace of a program knows nothing of patches
+        own = precision == 'none' and drawing.drawing_kernels(args.dtype)
         paint, arguments = program(case, graphs, params, rows)
         compiled = paint.lower(*arguments).compile()
     compile_s = time.perf_counter() - start
     times = timed(lambda: compiled(*arguments)[-1], repeats=args.repeats)
     found = {
         **times,
+        'gpu_kernels': own,
         'ms_per_image': round(times['ms'] / rows, 3),
         **share_of_peak(flops(case, rows), times['ms']),
         **compiled_memory(compiled),
@@ -188,7 +189,8 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         ('precision', args.precision, PRECISIONS),
         ('dtype', args.dtype, Dtype.__args__),
     ):
-        for name in filter(None, given.replace('+', ',').split(',')):
+        joined = given.replace('+', ',') if flag == 'variants' else given
+        for name in filter(None, joined.split(',')):
             if name not in known:
                 raise UserError(f"--{flag} names '{name}'{nearest(name, known)}")
     for path in filter(None, args.tiles.split(',')):
@@ -209,8 +211,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     found['same_tokens'] = round(float(np.mean(tokens == first)), 4)
                 profile = found.pop('profile', None)
                 about = {'model': 'muse', 'case': name, 'batch': rows, 'variant': variant, 'dtype': args.dtype}
-                own = precision == 'none' and drawing_kernels(args.dtype)
-                about |= {'precision': precision, 'gpu_kernels': own}
+                about |= {'precision': precision}
                 yield about | found | {'xla_flags': os.environ.get('XLA_FLAGS', '')}
                 if profile:
                     yield about | {'profile': profile}

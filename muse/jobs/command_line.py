@@ -22,9 +22,7 @@ _CHOICES = {name: get_args(get_type_hints(DecodeConfig)[name]) for name in ('ord
 def define_knobs() -> None:
     """The flags of how to draw."""
     flags.DEFINE_string('model', None, 'Release folder; default: the model that comes with the package.')
-    flags.DEFINE_enum(
-        'precision', None, get_args(Precision), "Of the layers' products: half the memory, faster where the chip can."
-    )
+    flags.DEFINE_enum('precision', None, get_args(Precision), "Numbers of the layers' products: half of their memory.")
     flags.DEFINE_integer('seed', 0, 'The same seed gives the same pictures.')
     flags.DEFINE_integer('steps', None, "Decoding steps; default, here and below: the model's.")
     flags.DEFINE_float('guidance_scale', None, 'How closely to follow the prompt; 0: no guidance.')

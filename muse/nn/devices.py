@@ -7,6 +7,7 @@ import importlib
 import math
 import os
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -49,7 +50,9 @@ def is_hopper() -> bool:
 def has_triton() -> bool:
     """Whether this jax has the part of Pallas that the kernels are written in, which is to go."""
     try:
-        importlib.import_module('jax.experimental.pallas.triton')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)
+            importlib.import_module('jax.experimental.pallas.triton')
     except ImportError:
         return False
     return True

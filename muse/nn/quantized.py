@@ -42,8 +42,9 @@ def rounded(x: Array, dtype: Any, axis: int) -> tuple[Array, Array]:
     is_integer = jnp.issubdtype(dtype, jnp.integer)
     largest = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
     x = x.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(peak == 0, 1, peak) / largest
+    least = largest * float(jnp.finfo(jnp.float32).tiny)  # below it the scale would not be a normal number
+    peak = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), least)
+    scale = peak / largest
     values = x / scale
     return (jnp.round(values) if is_integer else values).astype(dtype), scale
 
@@ -73,6 +74,7 @@ def quantized(graph: nnx.GraphDef, params: nnx.State, precision: Precision) -> t
         graph, params: of the model. A release stored as int8 holds these very numbers: 'int8' loses nothing of them.
         precision: of the products of its stacks of layers.
     """
+    check_precision(precision)
     model = nnx.merge(graph, params)
     for name in model.stacks():
         for _, module in list(nnx.iter_modules(getattr(model, name))):

@@ -94,7 +94,7 @@ def open_t5x(folder: Path) -> dict[str, Stored]:
     if lost := [name for name in names if name not in encoder]:
         raise UserError(f"'{folder}' lacks 'encoder.{lost[0]}': copy the checkpoint again")
     layers = [_flat(encoder[name]) for name in names]
-    for name in layers[0] if layers else ():
+    for name in {name: None for layer in layers for name in layer}:
         missing = [i for i, layer in enumerate(layers) if name not in layer]
         if missing:
             raise UserError(f"'{folder}' lacks 'encoder.layers_{missing[0]}.{name}': copy the checkpoint again")
@@ -125,6 +125,8 @@ def _target(folder: Path) -> Mapping[str, Any]:
 
 def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
     """Dotted name → leaf: an array, a spec of a zarr array, or a placeholder's text."""
+    if not isinstance(tree, Mapping):
+        raise UserError(f'a T5X checkpoint has {type(tree).__name__} in place of a layer: copy it again')
     found = {}
     for name, branch in tree.items():
         if isinstance(branch, Mapping) and 'kvstore' not in branch:
@@ -136,6 +138,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 def _open(folder: Path, name: str, leaf: Any, scanned: bool = False) -> Stored:
     if isinstance(leaf, np.ndarray):
+        if scanned and leaf.ndim < 2:
+            raise UserError(f"'{folder / CHECKPOINT}' has '{name}' without an axis of layers: copy it again")
         return InMemory(leaf.swapaxes(0, _LAYER_AXIS) if scanned else leaf)
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         place = leaf.removeprefix(_PLACEHOLDER)
@@ -157,6 +161,8 @@ def _open_zarr(folder: Path, scanned: bool) -> ZarrTensor:
         store = tensorstore.open(spec, read=True).result()
     except ValueError as error:
         raise UserError(f"'{folder}' is damaged ({_first_line(error)}): copy it again") from None
+    if scanned and store.rank < 2:
+        raise UserError(f"'{folder}' has no axis of layers: copy the checkpoint again")
     if store.dtype.numpy_dtype not in FLOATS.values():
         raise UserError(f"'{folder}' holds {store.dtype.name}: only float32, float16 and bfloat16 are read")
     # A missing chunk would be read as zeros.

@@ -279,6 +279,10 @@ def test_a_t5x_layer_that_is_lost(tmp_path):
     (folder / 'checkpoint').write_bytes(msgpack_serialize(tree))
     with pytest.raises(UserError, match="lacks 'encoder.layers_0': copy the checkpoint again"):
         load_t5(folder)
+    tree['optimizer']['target']['encoder']['layers_0'] = np.ones(3, np.float32)
+    (folder / 'checkpoint').write_bytes(msgpack_serialize(tree))
+    with pytest.raises(UserError, match='has ndarray in place of a layer: copy it again'):
+        load_t5(folder)
 
 
 def test_half_precision_rounds_to_nearest(tmp_path):
