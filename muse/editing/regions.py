@@ -135,7 +135,9 @@ def _steps(length: int, side: int, first: int, last: int) -> list[int]:
     half = max(1, side // 2)
     outward = [*range(first - half, -half, -half), *range(last - half, length - half, half)]
     inward = range(first, last - half, half)
-    return sorted({min(max(0, place), max(0, length - side)) for place in (*outward, *inward)})
+    # A picture of less than half a box that does not grow along this dimension is met by none of these.
+    places = (*outward, *inward) or (first,)
+    return sorted({min(max(0, place), max(0, length - side)) for place in places})
 
 
 def _around(x: float, y: float, size: Size) -> Box:

@@ -70,7 +70,7 @@ def _check_vocabulary(vocabulary: Path, rows: int) -> None:
     from muse.text.tokenizer import Tokenizer
 
     pieces = Tokenizer(vocabulary).vocab_size
-    if pieces > rows or pieces < rows - max(128, rows // 10):
+    if pieces > rows or pieces < rows - max(512, rows // 10):
         raise UserError(
             f"vocabulary '{vocabulary}' has {pieces} pieces, the text encoder beside it {rows} rows: it is of another "
             'model; put the right one there'

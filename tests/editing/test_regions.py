@@ -121,6 +121,20 @@ def test_looking_at_a_long_picture_takes_little_memory():
     assert regions.back(seen, box, (100_000, 2)).shape == picture.shape
 
 
+@pytest.mark.parametrize(('width', 'height'), [(1, 1), (2, 5), (7, 3)])
+def test_a_picture_of_a_few_pixels_grows_one_way(width, height):
+    for sides in ((24, 0, 0, 0), (0, 24, 0, 0), (0, 0, 60, 0), (0, 0, 0, 60)):
+        left, top, right, bottom = sides
+        start = (left, top, left + width, top + height)
+        hole = np.ones((top + height + bottom, left + width + right), bool)
+        hole[start[1] : start[3], start[0] : start[2]] = False
+        for box in regions.spread(hole, start, (16, 16)):
+            x0, y0, x1, y1 = regions.visible(hole.shape[::-1], box)
+            assert not hole[y0:y1, x0:x1].all()
+            hole[y0:y1, x0:x1] = False
+        assert not hole.any(), sides
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_boxes_around_a_grown_picture_cover_all_of_it_and_always_see_something(data):
