@@ -36,16 +36,23 @@ def _one_line_warning(message, category, filename, lineno, file=None, line=None)
     print(f'{label}: {message}', file=file or sys.stderr)
 
 
+_DATA = ('tensorflow_datasets', 'grain', 'array_record', 'importlib_resources', 'pyarrow', 'resvg_py')
+
+
 @contextlib.contextmanager
 def main_guard() -> Iterator[None]:
     """Wraps a script's main: a `UserError` becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
 
-    Set MUSE_TRACEBACK=1 to see the full traceback of a `UserError`.
+    So does a package of the extra 'data' that is not installed. Set MUSE_TRACEBACK=1 to see the full traceback.
     """
     warnings.showwarning = _one_line_warning
     try:
         yield
-    except UserError as error:
+    except (UserError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            if error.name not in _DATA:
+                raise
+            error = f"the package '{error.name}' is not installed: pip install -e '.[data]'"
         if os.environ.get('MUSE_TRACEBACK'):
             raise
         print(f'error: {error}', file=sys.stderr)

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     """Reads the flags, runs one bench and prints its cases as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='bench', required=True, metavar='bench')
-    modules = benches()
+    with main_guard():
+        modules = benches()
     for name, module in modules.items():
         summary = (module.__doc__ or '').partition('\n')[0]
         command = commands.add_parser(

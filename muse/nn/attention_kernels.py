@@ -159,6 +159,13 @@ def _norm(x: Array, scale_H: Array, epsilon: float) -> Array:
     return (x32 * _inverse(x32, epsilon) * scale_H[None, :]).astype(x.dtype)
 
 
+def _through_norm(place, scale, grad, epsilon):
+    """`_norm_gradients` of what is loaded again from its place: registers cannot hold it meanwhile."""
+    from jax.experimental.pallas import triton
+
+    return _norm_gradients(triton.load(place, volatile=True), scale, grad, epsilon)
+
+
 def _norm_gradients(x: Array, scale_H: Array, grad: Array, epsilon: float) -> tuple[Array, Array]:
     x32 = x.astype(jnp.float32)
     inverse = _inverse(x32, epsilon)
@@ -268,10 +275,10 @@ def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
         nothing = jnp.zeros((keys, width), jnp.float32)
         sums = (nothing, nothing, jnp.zeros((width,), jnp.float32))
         dk, dv, query_part = jax.lax.fori_loop(0, tokens // groups // queries, turn, sums)
-        key_part = jnp.zeros((width,), jnp.float32)
-        if not normed:
-            k = triton.load(k_ref.at[at_k], volatile=True)  # again: registers cannot hold it meanwhile
-            dk, key_part = _norm_gradients(k, key_scale, dk, epsilon)
+        if normed:
+            key_part = jnp.zeros((width,), jnp.float32)
+        else:
+            dk, key_part = _through_norm(k_ref.at[at_k], key_scale, dk, epsilon)
         triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
         triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
         at_part = (row, group, head, jnp.arange(width))
@@ -375,10 +382,10 @@ def _backward_keys(normed_q, logarithms, alongs, k, v, key_scale, lengths, grad,
 
         nothing = jnp.zeros((split.keys, width), jnp.float32)
         dk, dv = jax.lax.fori_loop(0, tokens // groups // split.key_queries, turn, (nothing, nothing))
-        part = jnp.zeros((width,), jnp.float32)
-        if not normed:
-            k = triton.load(k_ref.at[at_k], volatile=True)  # again: registers cannot hold it meanwhile
-            dk, part = _norm_gradients(k, key_scale, dk, epsilon)
+        if normed:
+            part = jnp.zeros((width,), jnp.float32)
+        else:
+            dk, part = _through_norm(k_ref.at[at_k], key_scale, dk, epsilon)
         triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
         triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
         triton.store(part_ref.at[row, program, place, jnp.arange(width)], part)
