@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from muse.models.superres import Superres
 from muse.models.transformer import Transformer
 from muse.train import base, superres, tokenizer
 from muse.train.loop import abstract_state, jit_step
+from muse.train.ranges import check_attention, check_ranges
 from muse.train.task import Batch, State
 
 
@@ -67,11 +68,11 @@ def compile_step(run: Run, topology: Topology) -> Program:
     """Compiles one training step of `run` for every device of `topology`.
 
     Raises:
-        UserError: a mesh or batch that does not fit the topology, or a task without such a step.
+        UserError: a number out of range, a mesh, batch or kernel that does not fit the topology, or a task without
+            such a step.
         DoesNotFit: the step needs more memory than a device has.
     """
-    mesh = make_mesh(run.mesh, topology.devices)
-    check_batch(mesh, run.train.batch_size, run.train.accumulate)
+    mesh = _checked_mesh(run, topology.devices, 'tpu')
     held = state_bytes(run, mesh)
     if sum(held.values()) > topology.chip.hbm / topology.chip.devices:
         raise DoesNotFit('the state alone is larger', mesh, held)  # spares minutes of compiling
@@ -82,12 +83,20 @@ def compile_here(run: Run) -> Program:
     """Compiles one training step of `run` for the devices of this process. On a CPU bfloat16 takes float32's room.
 
     Raises:
-        UserError: a mesh or batch that does not fit the devices, or a task without such a step.
+        UserError: a number out of range, a mesh, batch or kernel that does not fit the devices, or a task without such
+            a step.
         DoesNotFit: the step needs more memory than a device has.
     """
-    mesh = make_mesh(run.mesh)
-    check_batch(mesh, run.train.batch_size, run.train.accumulate)
+    mesh = _checked_mesh(run, jax.devices(), jax.default_backend())
     return _compile(run, mesh, state_bytes(run, mesh))
+
+
+def _checked_mesh(run: Run, devices: Sequence[Any], platform: str) -> Any:
+    check_ranges(run)
+    mesh = make_mesh(run.mesh, devices)
+    check_batch(mesh, run.train.batch_size, run.train.accumulate)
+    check_attention(run, platform)
+    return mesh
 
 
 def _compile(run: Run, mesh: Mesh, held: dict[str, float]) -> Program:

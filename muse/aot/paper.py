@@ -17,6 +17,7 @@ from muse.config import Run
 from muse.errors import UserError
 from muse.mesh import AXES, check_batch, mesh_sizes
 from muse.train.flops import PEAKS, step_flops
+from muse.train.ranges import check_ranges
 
 _GIB = 2.0**30
 # By their data sheets: name in `PEAKS` and bytes of memory.
@@ -29,8 +30,8 @@ def paper_row(name: str, run: Run, on: str, share: float) -> str:
     """A row of docs/scaling.md under `muse.aot.report.COLUMNS` for 'h100:GPUS'; memory is that of the state alone.
 
     Raises:
-        UserError: a card that is not known, a number of GPUs that is neither 1 nor a multiple of 8, a share out of
-            range, a mesh or batch that does not fit.
+        UserError: a card that is not known, a number of GPUs that is neither 1 nor a multiple of 8, a share or a
+            number of the run out of range, a mesh or batch that does not fit.
     """
     kind, _, count = on.partition(':')
     gpus = int(count) if count.isdecimal() else 0
@@ -39,6 +40,7 @@ def paper_row(name: str, run: Run, on: str, share: float) -> str:
     card, memory = CARDS[kind]
     if not 0 < share <= 1:
         raise UserError(f'share is {share}: give a share of the peak, above 0 and up to 1')
+    check_ranges(run)
     sizes = mesh_sizes(run.mesh, gpus)
     mesh: Any = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     check_batch(mesh, run.train.batch_size, run.train.accumulate)

@@ -1,7 +1,7 @@
-"""What is kept of a run whose loss went wrong: its state, and which examples it had just seen.
+"""What is kept of a run that went wrong: its state, and which examples it had just seen.
 
 Both lie in <workdir>/emergency, where resuming never looks: a run started again goes on from the newest checkpoint,
-whose losses were all finite.
+whose losses and weights were all finite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def save_emergency(workdir: Path, config: Run, state: State, error: NotFiniteErr
     Args:
         workdir: of the run.
         config: of the run.
-        state: as it is now, a step or more after the loss went wrong.
+        state: as it is now, after the step that went wrong or a later one.
         error: says where it went wrong.
 
     Returns:
@@ -50,8 +50,8 @@ def _describe(config: Run, step: int, error: NotFiniteError) -> dict[str, object
     indices = range((error.first - 1) * rows, error.first * rows)  # an endless run reads its examples in turn
     names = source_names(config.data, indices, config.train.seed)
     return {
-        'holds': f'the state after step {step}, when the loss of step {error.first} was seen; for looking at, not for '
-        'going on: its weights are as the bad step left them',
+        'holds': f'the state after step {step}, when step {error.first} was found to have gone wrong; for looking at, '
+        'not for going on: its weights are as the bad step left them',
         'first_bad_step': error.first,
         'window': list(error.steps),
         'source': f'{config.data.kind} {config.data.path}'.strip(),

@@ -35,7 +35,7 @@ class Examiner:
     def _kept(self) -> list[Batch]:
         if self._batches is None:
             batches = feed.host_batches(self._config.eval_data, self._config, self._task, self._mesh, 0)
-            self._batches = list(itertools.islice(batches, max(self._config.train.eval_batches, 1)))
+            self._batches = list(itertools.islice(batches, self._config.train.eval_batches))
         return self._batches
 
     def _placed(self, batch: Batch) -> Batch:

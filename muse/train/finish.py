@@ -8,9 +8,11 @@ from typing import Any
 import jax
 
 from muse.config import BaseRun, Run
+from muse.data.precomputed import read_meta
 from muse.errors import UserError
 from muse.release.format import shipped
 from muse.release.join import join_release
+from muse.release.text_encoder import load_text_encoder
 from muse.train.workdir import check_folder
 
 
@@ -18,8 +20,8 @@ def check_release(run: Run, folder: str, workdir: str) -> BaseRun:
     """Checks before a run that `write_release` will have what it needs.
 
     Raises:
-        UserError: the run trains no base, the folder cannot be written or holds what the run reads, or JAX was told to
-            do without the CPU.
+        UserError: the run trains no base, the folder cannot be written or holds what the run reads, the text encoder
+            is missing or not that of the data, or JAX was told to do without the CPU.
     """
     if not isinstance(run, BaseRun):
         raise UserError(f"--release is for a base, not for task '{run.task}': join the parts with tools/export.py")
@@ -31,8 +33,25 @@ def check_release(run: Run, folder: str, workdir: str) -> BaseRun:
             raise UserError(
                 f"release '{folder}' is the {key} of the run and would be overwritten: choose another --release"
             )
-    _cpu()
+    _check_text_encoder(run)
     return run
+
+
+def _check_text_encoder(run: BaseRun) -> None:
+    """Reads it once now: precomputed data have no need of it until the run is done, which may be days from here."""
+    cpu = _cpu()
+    if jax.process_index() > 0:
+        return
+    folder = run.text_encoder or str(shipped())
+    with jax.default_device(cpu):
+        found = load_text_encoder(folder).part.ids_hash
+    if run.data.kind == 'precomputed' and (Path(run.data.path) / 'meta.json').is_file():  # if not, the run says so
+        wanted = read_meta(Path(run.data.path)).text_encoder_hash
+        if found != wanted:
+            raise UserError(
+                f"--release: '{run.data.path}' was made with text encoder {wanted[:12]}, '{folder}' is {found[:12]}: "
+                'set text_encoder to the one that was precomputed with'
+            )
 
 
 def _cpu() -> Any:

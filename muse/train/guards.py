@@ -1,4 +1,4 @@
-"""What ends a run for its own good: a loss that is not finite, and too many records that cannot be read."""
+"""What ends a run for its own good: a loss or weights that are not finite, and too many records that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,25 +14,35 @@ from muse.train.row_weights import WEIGHT
 from muse.train.task import Batch
 
 UNREAD = 'unread_rows'  # the metric: rows of a step that stand in for records that could not be read
+_FINITE = {'loss': 'the loss is not finite at step', 'param_norm': 'the weights are not finite after step'}
 _ALWAYS_ALLOWED = 10  # unreadable rows, however few were read: one bad picture must not end a small run
 
 
 class NotFiniteError(UserError):
-    """The loss is not finite. `steps` is the window, from its first to its last step; `first` the first such step."""
+    """A step went wrong. `steps` is the window, from its first to its last step; `first` the first such step.
 
-    def __init__(self, first: int, steps: tuple[int, int]):
+    Args:
+        what: what was found, up to the number of the step.
+    """
+
+    def __init__(self, what: str, first: int, steps: tuple[int, int]):
         self.first, self.steps = first, steps
         super().__init__(
-            f'the loss is not finite at step {first} (steps {steps[0]} to {steps[1]} since the last line): '
+            f'{what} {first} (steps {steps[0]} to {steps[1]} since the last line): '
             'lower optim.learning_rate or raise optim.warmup_steps, and start again from the last checkpoint'
         )
 
 
 def check_finite(steps: Sequence[int], values: Sequence[Mapping[str, Any]]) -> None:
-    """Raises NotFiniteError when a step's 'loss' is not finite."""
-    bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value['loss'])]
-    if bad:
-        raise NotFiniteError(bad[0], (steps[0], steps[-1]))
+    """Raises NotFiniteError when a step's 'loss', or its 'param_norm' if there is one, is not finite.
+
+    A gradient can overflow where the loss does not: the weights are then lost after this step, and a checkpoint of it
+    would be too.
+    """
+    for step, value in zip(steps, values, strict=True):
+        for name, what in _FINITE.items():
+            if not math.isfinite(value.get(name, 0.0)):
+                raise NotFiniteError(what, step, (steps[0], steps[-1]))
 
 
 class Unread:

@@ -27,6 +27,7 @@ from muse.train.guards import UNREAD, NotFiniteError, Unread, UnreadLog
 from muse.train.judge import check_judge
 from muse.train.metrics import Writer, check_wandb
 from muse.train.profile import Profiler, check_profile, step_trace
+from muse.train.ranges import check_attention, check_ranges
 from muse.train.rates import rates_of
 from muse.train.row_weights import normalise, unread_rows
 from muse.train.signals import NOTHING, SAVE, STOP, StopSignal, Terminated, Wishes, split_wish
@@ -43,14 +44,19 @@ def run(config: Run, workdir: str | Path) -> State:
         The final state.
 
     Raises:
-        UserError: a workdir that cannot be written or belongs to another model, a mesh, batch or frozen net that does
-            not fit, a loss that is not finite, too many records that cannot be read, or a disk that refuses.
+        UserError: a workdir that cannot be written or belongs to another model, a number out of range, a mesh, batch
+            or frozen net that does not fit, a loss that is not finite, too many records that cannot be read, or a disk
+            that refuses.
         Terminated: SIGTERM has come, and what was reached is saved.
     """
     workdir, train = Path(workdir), config.train
+    check_ranges(config)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, train.batch_size, train.accumulate)
-    check_train(train)
+    check_attention(config, mesh.devices.flat[0].platform)
+    check_profile(train)
+    check_wandb(train.wandb)
+    check_judge(train)
     check_workdir(workdir, config)
     init_key, step_key, eval_key = jax.random.split(jax.random.key(train.seed), 3)
     with jax.set_mesh(mesh):
@@ -78,6 +84,7 @@ def run(config: Run, workdir: str | Path) -> State:
             if restored:
                 writer.line(f'resumed after step {start}')
             if start < train.steps:
+                writer.line(_heading(config, abstract, mesh, start))
                 with Profiler(workdir, train, writer) as profiler:
                     around = _Around(workdir, checkpoints, writer, profiler, watchdog)
                     state = _train(config, task, mesh, state, start, (step_key, eval_key), around)
@@ -91,23 +98,6 @@ def run(config: Run, workdir: str | Path) -> State:
         finally:
             writer.close()
     return state
-
-
-def check_train(train: TrainConfig) -> None:
-    """Raises UserError when a count of the loop is out of range."""
-    if train.steps < 1:
-        raise UserError(f'train.steps is {train.steps}: give at least 1')
-    for name in ('log_every_steps', 'save_every_steps', 'eval_every_steps', 'grid_every_steps', 'keep_checkpoints'):
-        low = 1 if name in ('log_every_steps', 'keep_checkpoints') else 0
-        if getattr(train, name) < low:
-            raise UserError(f'train.{name} is {getattr(train, name)}: give at least {low}')
-    if not 0 <= train.ema_decay < 1:
-        raise UserError(f'train.ema_decay is {train.ema_decay}: give a number from 0 to below 1')
-    if train.stall_minutes < 0:
-        raise UserError(f'train.stall_minutes is {train.stall_minutes}: give 0 or more')
-    check_profile(train)
-    check_wandb(train.wandb)
-    check_judge(train)
 
 
 def _check_data(config: Run) -> None:
@@ -138,6 +128,17 @@ def make_task(config: Run, mesh: Mesh) -> Task:
     return tokenizer_task(config, mesh)
 
 
+def _heading(config: Run, abstract: State, mesh: Mesh, start: int) -> str:
+    """What the first line says: the first step is compiled, which may take minutes."""
+    size = sum(x.size for x in jax.tree.leaves(abstract['params']))
+    shape = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+    where = f'{mesh.size} x {mesh.devices.flat[0].device_kind}'
+    return (
+        f'{config.task} of {size:,} parameters on {where} ({shape}): steps {start + 1:,} to '
+        f'{config.train.steps:,} of {config.train.batch_size} examples, the first of which is compiled now'
+    )
+
+
 class _Around(NamedTuple):
     """What lies around the steps of a run."""
 
@@ -165,15 +166,20 @@ def _train(
     window = Window(writer, rates_of(config, mesh), Unread(train.batch_size, config.data.max_unread))
     try:
         with StopSignal() as stop:
+
+            def wanted() -> int:
+                return STOP if stop.came else SAVE if checkpoints.late() else NOTHING
+
             for step in range(start, train.steps + 1):
                 last = step == train.steps
                 watchdog.beat(step)
                 checkpoints.check()
-                wish = STOP if stop.came else SAVE if checkpoints.late() else NOTHING
+                wish = wanted()
                 agreed = wishes.agreed(wish) if step > start else NOTHING
                 # evaluate
                 if step > start and agreed != STOP:
                     _examine(step, last, train, state, examiner, window, writer)
+                    agreed = wishes.agreed(wish := wanted())  # it may have taken long
                 # save
                 if step > start and (last or agreed == STOP or checkpoints.due(step, agreed == SAVE)):
                     window.flush(step)  # a checkpoint never holds a step whose loss is not finite or not yet written

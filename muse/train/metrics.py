@@ -31,6 +31,16 @@ def tile(img_BHWC: np.ndarray, gap: int = 2) -> Image.Image:
     return sheet
 
 
+def _has_width() -> bool:
+    """Whether stderr is a terminal with room for a bar; some (containers, recorders) are of 0 columns."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return False
+
+
 def cut_after(path: Path, step: int) -> None:
     """Drops the lines of a JSONL file that come after `step`, and a last line that was cut off."""
     if not path.exists():
@@ -99,14 +109,13 @@ class Writer:
         # A queue without end: where the disk is full its thread dies, and a full queue would wait for it for ever.
         self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=purge, max_queue=0)
         self._wandb = _open_wandb(wandb, workdir) if wandb else None
-        rate = f'{{rate_fmt}}, {batch_size} images each'
         self._bar = tqdm(
             total=steps,
             initial=start_step,
             unit='step',
-            disable=not sys.stderr.isatty(),
+            disable=not _has_width(),
             dynamic_ncols=True,
-            bar_format=f'{{l_bar}}{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{{remaining}}, {rate}{{postfix}}]',
+            bar_format='{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]',
         )
 
     def advance(self) -> None:
@@ -141,6 +150,10 @@ class Writer:
         if self._bar.disable:
             eta = f' eta={(self._steps - step) * self._batch_size / speed:.0f}s' if speed else ''
             print(f'step {step}/{self._steps} {shown}{eta}', flush=True)
+        elif evaluated := ' '.join(word for word in shown.split() if word.startswith('eval_')):
+            self._bar.write(
+                f'step {step}/{self._steps} {evaluated}', file=sys.stderr
+            )  # a bar shows the last line alone
 
     def pictures(self, step: int, img_BHWC: np.ndarray) -> None:
         """A sheet of pictures as grids/<step>.png and in TensorBoard."""

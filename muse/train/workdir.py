@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxtyping import PyTree
 
 from muse import __version__
 from muse.config import Run, to_dict
-from muse.errors import UserError
+from muse.errors import UserError, warn
 
 # Of a disk that is full or has no room for this user, cannot be written, or is broken or gone.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
@@ -26,6 +27,8 @@ _SHAPELESS = ('remat', 'unroll', 'attention', 'dtype')  # model keys that may ch
 
 def check_workdir(workdir: Path, config: Run) -> None:
     """Checks that a run can live in `workdir`; writes nothing.
+
+    Warns where the config reads other batches than the run that it goes on with.
 
     Raises:
         UserError: it cannot be written, or holds a run of another model.
@@ -41,6 +44,8 @@ def check_workdir(workdir: Path, config: Run) -> None:
     wanted = json.loads(json.dumps(to_dict(config)))
     for part in ('task', 'model'):
         _same(found.get(part), wanted[part], part, workdir)
+    if jax.process_index() == 0 and any((workdir / 'checkpoints').glob('[0-9]*')):
+        _warn_of_other_batches(found, wanted, workdir)
 
 
 def check_folder(folder: Path, flag: str) -> None:
@@ -49,6 +54,8 @@ def check_folder(folder: Path, flag: str) -> None:
     Raises:
         UserError: it cannot.
     """
+    if re.match(r'[a-z][a-z0-9]+:/', str(folder)):  # pathlib makes one slash of two
+        raise UserError(f"{flag} '{folder}' is an address: mount the bucket (gcsfuse) and give its folder")
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     except OSError as error:
@@ -68,6 +75,18 @@ def _same(found: Any, wanted: Any, key: str, workdir: Path) -> None:
             f"workdir '{workdir}' holds a run with {key} = {found!r}, the config says {wanted!r}: "
             'use that config or another --workdir'
         )
+
+
+def _warn_of_other_batches(found: dict[str, Any], wanted: dict[str, Any], workdir: Path) -> None:
+    """What a run reads depends on these alone; a change is the user's right, and seldom meant."""
+    for part, names in (('train', ('batch_size', 'seed')), ('data', wanted['data'].keys() - {'workers', 'max_unread'})):
+        for name in sorted(names):
+            before, now = found.get(part, {}).get(name, wanted[part][name]), wanted[part][name]
+            if before != now:
+                warn(
+                    f"workdir '{workdir}' holds a run with {part}.{name} = {before!r}, it goes on with {now!r}: its "
+                    'batches are not those that it would have read'
+                )
 
 
 def claim_workdir(workdir: Path, config: Run, abstract_state: dict[str, PyTree]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +25,8 @@ from muse.mesh import make_mesh
 from muse.models.vqgan import VQGAN
 from muse.release.format import load_part, save_part
 from muse.train import base, feed, frozen, loop
+from muse.train.signals import Terminated
+from muse.train.workdir import check_workdir
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
@@ -167,6 +172,54 @@ def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path, monkeypatc
     assert note['first_bad_step'] == 3 and note['window'] == [1, 4]
     assert note['examples'][0] == {'index': 32, 'name': 'row 32'} and len(note['examples']) == 16
     assert (tmp_path / 'run' / 'emergency' / '4' / 'state').is_dir()
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_checkpoint_of_its_step(tokenizer, tmp_path, monkeypatch):
+    real = base.masked.update
+
+    def broken(run, predict, graphdef, state, batch):
+        new, metrics = real(run, predict, graphdef, state, batch)
+        broken = jax.numpy.where(state['step'] == 1, jax.numpy.nan, 1.0)
+        params = jax.tree.map(lambda x: x * broken, new['params'])
+        return {**new, 'params': params}, {**metrics, 'param_norm': metrics['param_norm'] * broken}
+
+    monkeypatch.setattr(base.masked, 'update', broken)
+    monkeypatch.setattr(pipeline, 'source_names', lambda data, indices, seed: [f'row {i}' for i in indices])
+    with pytest.raises(UserError, match=r'the weights are not finite after step 2 \(steps 1 to 2 since'):
+        loop.run(small(tokenizer, log_every_steps=50, save_every_steps=2, eval_every_steps=0), tmp_path / 'run')
+    assert not any((tmp_path / 'run' / 'checkpoints').iterdir()), 'its loss was finite, its weights are not'
+    note = json.loads((tmp_path / 'run' / 'emergency' / '2.json').read_text())
+    assert note['first_bad_step'] == 2 and note['examples'][0] == {'index': 16, 'name': 'row 16'}
+
+
+def test_sigterm_during_an_evaluation_is_obeyed_before_another_step(tokenizer, tmp_path, monkeypatch):
+    def evaluate(self, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {'loss': 1.0}
+
+    monkeypatch.setattr(loop.Examiner, 'evaluate', evaluate)
+    with pytest.raises(Terminated, match='after step 3, which is saved'):
+        loop.run(small(tokenizer, save_every_steps=0, grid_every_steps=0), tmp_path / 'run')
+    assert [path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['3']
+
+
+def test_other_batches_than_those_of_the_run_are_warned_of(finished, tokenizer, tmp_path):
+    shutil.copytree(finished[0], tmp_path / 'run')
+    with pytest.warns(InputWarning, match=r'holds a run with train.batch_size = 16, it goes on with 8: its batches'):
+        check_workdir(tmp_path / 'run', with_train(small(tokenizer), batch_size=8, log_every_steps=7))
+    with pytest.warns(InputWarning, match=r"data.path = '.*', it goes on with 'elsewhere'"):
+        run = small(tokenizer)
+        check_workdir(tmp_path / 'run', dataclasses.replace(run, data=dataclasses.replace(run.data, path='elsewhere')))
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints')  # nothing to go on from
+    check_workdir(tmp_path / 'run', with_train(small(tokenizer), batch_size=8))
+
+
+@pytest.mark.parametrize('workdir', ['gs://bucket/run', 's3://bucket/run'])
+def test_a_workdir_that_is_an_address_is_refused(tokenizer, tmp_path, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"workdir '{workdir[:3]}.*bucket/run' is an address: mount"):
+        loop.run(small(tokenizer), workdir)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_workdir_that_is_a_file_is_refused(tokenizer, tmp_path):

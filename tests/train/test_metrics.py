@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import types
 
@@ -188,18 +189,39 @@ def test_plain_lines_hold_what_a_person_reads_and_the_file_all(tmp_path, capsys)
     assert line == {'step': 1, 'loss': 2.5, 'loss_mask_0_20': 1.5, 'images_per_s': 3.0}
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, capsys, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+    def fileno(self):
+        return 2
+
+
+def set_terminal(monkeypatch, columns):
     terminal = Terminal()
     monkeypatch.setattr(sys, 'stderr', terminal)
+    monkeypatch.setattr(os, 'get_terminal_size', lambda number=1: os.terminal_size((columns, 40)))
+    return terminal
+
+
+def test_a_terminal_of_no_width_gets_lines(tmp_path, capsys, monkeypatch):
+    terminal = set_terminal(monkeypatch, 0)
+    out = writer(tmp_path)
+    out.advance()
+    out.scalars(1, {'loss': 2.5})
+    out.close()
+    assert terminal.getvalue() == '' and capsys.readouterr().out == 'step 1/4 loss=2.5\n'
+
+
+def test_a_terminal_gets_a_bar_and_what_evaluations_say(tmp_path, capsys, monkeypatch):
+    terminal = set_terminal(monkeypatch, 80)
     out = writer(tmp_path)
     out.advance()
     out.scalars(1, {'loss': 2.5, 'images_per_s': 3.0})
+    out.scalars(2, {'loss': 2.25, 'eval_loss': 3.0, 'eval_loss_mask_0_20': 1.0})
     out.line('half of it')
     out.close()
+    assert 'step 2/4 eval_loss=3\n' in terminal.getvalue() and 'step 1/4' not in terminal.getvalue()
     assert '1/4' in terminal.getvalue() and 'loss 2.5000, 3.0 images/s' in terminal.getvalue()
     assert 'half of it' in terminal.getvalue() and 'step 1/4' in (tmp_path / 'log.txt').read_text()
     assert capsys.readouterr().out == ''

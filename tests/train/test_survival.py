@@ -159,6 +159,10 @@ def test_a_loss_that_is_not_finite_names_its_window():
     with pytest.raises(NotFiniteError, match=r'at step 8 \(steps 7 to 9') as caught:
         check_finite([7, 8, 9], [{'loss': 1.0}, {'loss': np.inf}, {'loss': np.nan}])
     assert caught.value.first == 8 and caught.value.steps == (7, 9)
+    fine = {'loss': 1.0, 'param_norm': 1.0}
+    with pytest.raises(NotFiniteError, match=r'weights are not finite after step 7 \(steps 6 to 8') as caught:
+        check_finite([6, 7, 8], [fine, {**fine, 'param_norm': np.nan}, {'loss': np.nan, 'param_norm': np.nan}])
+    assert caught.value.first == 7, 'the step whose gradient was wrong, not the one that showed it'
 
 
 def test_sigterm_is_noted_and_the_handler_given_back():
