@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 import warnings
@@ -43,7 +44,8 @@ _DATA = ('tensorflow_datasets', 'grain', 'array_record', 'importlib_resources', 
 def main_guard() -> Iterator[None]:
     """Wraps a script's main: a `UserError` becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
 
-    So does a package of the extra 'data' that is not installed. Set MUSE_TRACEBACK=1 to see the full traceback.
+    So do a package of the extra 'data' that is not installed and a name that is too long for a file. Set
+    MUSE_TRACEBACK=1 to see the full traceback.
     """
     warnings.showwarning = _one_line_warning
     try:
@@ -56,6 +58,13 @@ def main_guard() -> Iterator[None]:
         if os.environ.get('MUSE_TRACEBACK'):
             raise
         print(f'error: {error}', file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        # Of a path given by the user: Path's is_file() and its like raise for it, where they say no to any other.
+        if error.errno != errno.ENAMETOOLONG or os.environ.get('MUSE_TRACEBACK'):
+            raise
+        name = str(error.filename)[:80]
+        print(f"error: the name '{name}…' is too long for a file: give a shorter one", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import muse
 from muse.errors import UserError, main_guard
 from muse.evals.grids import grid
+from muse.jobs.command_line import parse_only_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('out', 'out', 'Folder for the pictures; made when missing.')
@@ -70,4 +71,4 @@ def guarded(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(guarded)
+    app.run(guarded, flags_parser=parse_only_flags)

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from muse.config import T5Config
 from muse.data import captions
 from muse.errors import UserError, main_guard
+from muse.jobs.command_line import parse_only_flags
 from muse.text.tokenizer import Tokenizer
 from tools import text_binding, text_corpus, text_questions, text_scores, text_teacher
 
@@ -204,4 +205,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -30,6 +30,7 @@ from muse.data.splits import HELDOUT_PAIRS, SPLITS, TRAIN
 from muse.data.sprites import Sprites, load_sprites
 from muse.errors import UserError, main_guard, warn
 from muse.evals import alignment, features, grids
+from muse.jobs.command_line import parse_only_flags
 from muse.pipeline import Settings
 
 FLAGS = flags.FLAGS
@@ -163,4 +164,4 @@ if __name__ == '__main__':
     flags.DEFINE_float('guidance_scale', None, "guidance; the release's own when not given")
     flags.DEFINE_float('temperature', None, "of the token sampling; the release's own when not given")
     flags.DEFINE_string('out', None, 'folder for the sheets and the gallery features', required=True)
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

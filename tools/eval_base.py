@@ -24,12 +24,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import muse
-from muse.config import DataConfig, read_run
+from muse.config import DataConfig
 from muse.data.examples import BadExample, Source
 from muse.data.sources import open_source
-from muse.data.splits import HELDOUT, HELDOUT_PAIRS
+from muse.data.splits import HELDOUT_PAIRS
 from muse.errors import UserError, main_guard, warn
 from muse.evals import masked
+from muse.evals.judged import heldout_data
 from muse.release.format import Part, graphdef_and_template, load_part, shipped
 from muse.train.command_line import parse_flags
 
@@ -64,13 +65,7 @@ def wanted(model: muse.Muse) -> DataConfig:
     if FLAGS.config is None:
         split = FLAGS.split or HELDOUT_PAIRS
         return DataConfig(kind='scenes', path=FLAGS.data, split=split, image_size=side)
-    data = read_run(FLAGS.config.to_dict()).data
-    if data.kind == 'precomputed':
-        raise UserError(
-            "the config's data.kind is 'precomputed': set --config.data.kind and --config.data.path to the pictures"
-        )
-    split = FLAGS.split or (HELDOUT if data.heldout_share else data.split)
-    return dataclasses.replace(data, split=split, image_size=side)
+    return heldout_data(FLAGS.config.to_dict(), FLAGS.split, side)
 
 
 def measure(

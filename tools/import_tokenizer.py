@@ -19,6 +19,7 @@ from absl import app, flags
 
 from muse.config import Dtype
 from muse.errors import main_guard
+from muse.jobs.command_line import parse_only_flags
 from muse.release.format import save_part
 from muse.release.public_vq import load_public
 from muse.release.storage import Storage
@@ -42,4 +43,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'release folder; other parts in it are kept', required=True)
     flags.DEFINE_enum('storage', 'float32', get_args(Storage), 'type of the stored weights')
     flags.DEFINE_enum('dtype', 'float32', get_args(Dtype), 'type it is computed in')
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -26,6 +26,7 @@ from muse.data.art import Art, load_art
 from muse.data.raster import default_workers, draw, parallel_map
 from muse.data.splits import SPLITS, assign_splits
 from muse.errors import UserError, main_guard
+from muse.jobs.command_line import parse_only_flags
 
 _OUT = flags.DEFINE_string('out', '', 'folder for the dataset')
 _TARBALLS = flags.DEFINE_string('tarballs', '', 'folder of npm tarballs, or a bundle; without it npm brings them')
@@ -46,10 +47,8 @@ _SAMPLE_LABELS = (  # simple, well-known subjects
 )  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     with main_guard():
-        if len(argv) > 1:
-            raise UserError(f'unexpected argument {argv[1]!r}: use flags, e.g. --out=DIR')
         if _WORKERS.value < 0 or _CACHE_SIZE.value < 0:
             raise UserError('--workers and --cache_size must not be negative')
         chosen = [name for name in ('out', 'bundle', 'sample') if flags.FLAGS[name].value]
@@ -170,4 +169,4 @@ def _attribution(art: list[Art]) -> str:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -15,6 +15,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from muse.errors import main_guard
+from muse.jobs.command_line import parse_only_flags
 from tools import text_build, text_corpus
 
 CORPUS = flags.DEFINE_string('corpus', None, 'Corpus file.', required=True)
@@ -33,4 +34,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -133,6 +133,8 @@ def _report(folder: Path, split: str, found: Split) -> None:
         print(f'{found.without_text} have no text')
     if found.full_text:
         print(f'{found.full_text} have as much text as fits or more: is --config.data.text_length long enough?')
+    for caption, lost in found.cut:
+        print(f"cut, for one: '{caption}' lost all from '{lost}' on")
 
 
 def _parse(argv: list[str]) -> list[str]:

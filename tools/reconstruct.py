@@ -8,6 +8,7 @@ Memory grows with the tile, not with the picture. Sides that do not divide are p
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 from muse import tiling
 from muse.data.pictures import open_picture
 from muse.errors import UserError, main_guard, warn
+from muse.jobs.command_line import parse
 from muse.release.format import shipped
 from muse.release.public_vq import load_tokenizer
 
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
         for path in paths:
-            if path.exists() and (out / f'{path.stem}.png').resolve() == path.resolve():
+            if os.path.exists(path) and (out / f'{path.stem}.png').resolve() == path.resolve():
                 raise UserError(f"the reconstruction of '{path}' would overwrite it: choose another --out")
         part = load_tokenizer(FLAGS.model or shipped())
         tokenizer = tiling.tiled_tokenizer(part.config, part.params, tile=FLAGS.tile, overlap=FLAGS.overlap)
@@ -67,4 +69,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'folder for the pictures', required=True)
     flags.DEFINE_integer('tile', 512, 'side of a tile in pixels')
     flags.DEFINE_integer('overlap', 128, 'least pixels that neighbouring tiles share')
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -40,6 +40,7 @@ from muse.data.sprites import load_sprites
 from muse.errors import UserError, main_guard
 from muse.evals import alignment, features
 from muse.evals.reconstruction import frechet_distance
+from muse.jobs.command_line import parse_only_flags
 from muse.pipeline import Row
 from tools.eval_alignment import make_gallery, measured
 
@@ -188,4 +189,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('batch_size', 64, 'pictures at a time on an accelerator')
     flags.DEFINE_integer('seed', 0, 'choice of the pairs, and the drawing')
     flags.DEFINE_multi_enum('vary', [], list(VALUES), 'only these knobs')
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -25,6 +25,7 @@ import muse
 from muse.config import FreeEditConfig
 from muse.errors import UserError, main_guard
 from muse.evals.grids import grid
+from muse.jobs.command_line import parse_only_flags
 from muse.pipeline import Row, Settings
 
 FLAGS = flags.FLAGS
@@ -132,4 +133,4 @@ if __name__ == '__main__':
     flags.DEFINE_multi_enum('sheet', [], list(SHEETS), 'only these sheets')
     flags.DEFINE_string('model', None, 'release folder; the shipped one when not given')
     flags.DEFINE_integer('seed', 0, 'of every picture')
-    app.run(main)
+    app.run(main, flags_parser=parse_only_flags)

@@ -73,6 +73,7 @@ def make_example(
             img_HWC = pictures.read_picture(picture, data.image_size, data.min_side)
     except pictures.BadPicture as error:
         raise BadExample(name, str(error)) from None
+    caption = caption.encode('utf-8', 'ignore').decode()  # JSON may hold halves of a character, which no file can
     if data.random_flip and rng.random() < 0.5:
         img_HWC = np.ascontiguousarray(img_HWC[:, ::-1])
     return {'img': img_HWC, 'caption': caption}

@@ -7,6 +7,7 @@ them) is decoded for each example. tools/precompute.py reads in order with --num
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class Parquet(Source):
                 return column, ''
         for row in self._rows[:100] if 'key' in table.notes else ():
             for ending in _PICTURES:
-                if self._beside(row, ending).is_file():
+                if os.path.isfile(self._beside(row, ending)):
                     return '', ending
         tars = "; they lie in .tar files: set data.kind to 'webdataset'" if any(Path(folder).glob('*.tar')) else ''
         raise UserError(
@@ -139,7 +140,7 @@ def _downloaded(table: _Table) -> np.ndarray:
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """(name, bytes, time of change) of every parquet file, in the order of names."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"'{folder}' is not a folder: set data.path to a folder of .parquet files")
     files = sorted(file for file in folder.iterdir() if file.suffix == '.parquet')
     if not files:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def open_picture(source: str | Path | bytes | Image.Image | np.ndarray) -> np.nd
             raise UserError(f'pixels are {source.dtype} {list(source.shape)}: give uint8 [height, width, 3], 0 to 255')
         return source
     where = f"picture '{' '.join(str(source).split())}'" if isinstance(source, str | Path) else 'the picture'
-    if isinstance(source, str | Path) and not _is_file(Path(source)):
+    if isinstance(source, str | Path) and not os.path.isfile(source):  # False for a name that is too long as well
         raise UserError(f'{where} does not exist: give the path of a picture file')
     try:
         with _opened(Path(source) if isinstance(source, str) else source, where) as picture:
@@ -56,20 +57,13 @@ def open_picture(source: str | Path | bytes | Image.Image | np.ndarray) -> np.nd
         raise UserError(f'{where} cannot be used ({error}): give a whole picture file, e.g. PNG or JPEG') from None
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, a folder that may not be entered
-        return False
-
-
 def picture_files(folder: str | Path) -> list[Path]:
     """Every picture file below a folder, by its ending, in order of their names.
 
     Raises:
         UserError: no such folder, or none in it.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"folder of pictures '{folder}' does not exist: give a folder that holds pictures")
     found = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:

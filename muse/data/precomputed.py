@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Split:
     skipped: int = 0  # of the source, found unusable when it was opened; named there too
     without_text: int = 0
     full_text: int = 0  # as long as a text may be: longer ones were cut there
+    cut: list[list[str]] = field(default_factory=list)  # the first few of those: how they begin, where the lost begins
 
 
 def shard_file(folder: Path, split: str, number: int, shards: int) -> Path:

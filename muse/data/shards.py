@@ -19,6 +19,9 @@ from typing import Any
 
 from muse.data.precomputed import SPLIT_ENDING, Meta, Split, read_meta, read_splits, shard_file
 from muse.errors import UserError
+from muse.text.tokenizer import beginning
+
+_CUT_NAMED = 3  # captions that were cut, of a split
 
 
 def begin_split(folder: Path, split: str, meta: Meta, plan: dict[str, Any], shards: int) -> Split:
@@ -78,7 +81,7 @@ class ShardWriter:
         self._file = shard_file(folder, split, number, shards)
         # A name of its own, so that two runs by mistake do not write into one file.
         self._partial = self._file.with_name(f'{self._file.name}.{socket.gethostname()}.{os.getpid()}.partial')
-        self._notes: dict[str, Any] = {'records': 0, 'without_text': 0, 'full_text': 0, 'rejects': []}
+        self._notes: dict[str, Any] = {'records': 0, 'without_text': 0, 'full_text': 0, 'cut': [], 'rejects': []}
 
     def __enter__(self) -> ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -87,8 +90,11 @@ class ShardWriter:
         self._writer: Any = ArrayRecordWriter(str(self._partial), 'group_size:1')
         return self
 
-    def write(self, record: bytes, *, text: int, limit: int) -> None:
-        """Adds one record from `encode_record`, whose text has `text` of at most `limit` tokens."""
+    def write(self, record: bytes, *, text: int, limit: int, cut: tuple[str, str] | None = None) -> None:
+        """Adds one record from `encode_record`, whose text has `text` of at most `limit` tokens.
+
+        `cut` is the caption and what of it did not fit, where it had more.
+        """
         try:
             self._writer.write(record)
         except RuntimeError as error:
@@ -96,6 +102,8 @@ class ShardWriter:
         self._notes['records'] += 1
         self._notes['without_text'] += text == 0
         self._notes['full_text'] += text == limit
+        if cut and len(self._notes['cut']) < _CUT_NAMED:
+            self._notes['cut'].append([beginning(part) for part in cut])
 
     def reject(self, name: str, reason: str) -> None:
         """Notes an example that gives no record."""
@@ -146,8 +154,9 @@ def finish_split(folder: Path, split: str, skipped: Iterable[tuple[str, str]]) -
         sizes = [file.stat().st_size for file in files]
         rejects = Counter((name, reason) for note in notes for name, reason in note['rejects'])
         counts = {key: sum(note[key] for note in notes) for key in ('records', 'without_text', 'full_text')}
+        cut = [pair for note in notes for pair in note.get('cut', [])][:_CUT_NAMED]  # not in notes of before
         left_out = _put_rejects(folder / f'{split}.rejects.jsonl', rejects, skipped)
-        done = dataclasses.replace(begun, sizes=sizes, rejected=rejects.total(), skipped=left_out, **counts)
+        done = dataclasses.replace(begun, sizes=sizes, rejected=rejects.total(), skipped=left_out, cut=cut, **counts)
         if done.records:
             _put_json(folder / f'{split}{SPLIT_ENDING}', dataclasses.asdict(done))
         else:
@@ -190,7 +199,8 @@ def _put_json(file: Path, values: dict[str, Any]) -> None:
 def _put(file: Path, text: str) -> None:
     partial = file.with_name(f'{file.name}.{socket.gethostname()}.{os.getpid()}.partial')
     try:
-        with open(partial, 'w', encoding='utf-8') as out:
+        # Halves of a character, which JSON and names of files may hold, are written as JSON escapes them.
+        with open(partial, 'w', encoding='utf-8', errors='backslashreplace') as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())

@@ -138,7 +138,7 @@ class _Folder(Source):
     """Pictures with a captions file."""
 
     def __init__(self, data: DataConfig):
-        (self._rows, self._skipped), self._data = index_folder(Path(data.path)), data
+        (self._rows, self._skipped), self._data = index_folder(Path(data.path), bool(data.caption_key)), data
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -18,7 +18,7 @@ _MIN_TRAIN_STYLES = 2
 
 def unit_hash(*parts: str) -> float:
     """A number in [0, 1) that depends on the text of `parts` alone, equal on every machine."""
-    digest = hashlib.sha256('\x1f'.join(parts).encode()).digest()
+    digest = hashlib.sha256('\x1f'.join(parts).encode('utf-8', 'surrogatepass')).digest()
     return int.from_bytes(digest[:8], 'big') / 2**64
 
 

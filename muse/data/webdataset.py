@@ -127,7 +127,7 @@ def _check(folder: Path, index: _Index, usable: int) -> None:
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """(name, bytes, time of change) of every tar, in the order of names."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"'{folder}' is not a folder: set data.path to a folder of .tar files")
     tars = sorted(file for file in folder.iterdir() if file.suffix == '.tar')
     if not tars:

@@ -7,6 +7,7 @@ tools/fetch_features.py, with the batch norms folded into the convolutions. Infe
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +95,7 @@ def load_features(folder: str) -> FeatureNet:
         UserError: the file is missing, damaged, or of another net.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"feature net '{path}' does not exist: run tools/fetch_features.py --out={folder}")
     try:
         tensors = load_file(path)

@@ -84,7 +84,7 @@ def read_table(
         raise UserError(f"'{file}' holds no {text_column or 'row'}: write one a line")
     if unknown and rows:
         names = ', '.join(repr(name[:40]) for name in sorted(unknown)[:20])
-        near = nearest(min(unknown), columns) if len(unknown) == 1 else ''
+        near = nearest(min(unknown), columns) if len(unknown) == 1 else f'; known are {", ".join(columns)}'
         warn(f"'{file}': column{'s' * (len(unknown) > 1)} {names} {'are' if len(unknown) > 1 else 'is'} not used{near}")
     return Table(rows, rejects, texts)
 

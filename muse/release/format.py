@@ -194,6 +194,11 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({_first_line(error)}): copy the release again") from None
+    if isinstance(index, dict) and '_class_name' in index:
+        raise UserError(
+            f"'{folder}' holds a model of diffusers ({index['_class_name']}): make a release folder of a VQModel with "
+            'tools/import_tokenizer.py and give that'
+        )
     if not isinstance(index, dict) or index.get('format') != FORMAT:
         found = index.get('format') if isinstance(index, dict) else index
         raise UserError(f"'{path}' has format {found!r}, this version reads format {FORMAT}: use a matching muse")

@@ -12,7 +12,7 @@ from typing import Any
 
 from muse.config import T5Config
 from muse.errors import UserError
-from muse.release.stored import FileTensor, Stacked, Stored, Transposed, floats, open_safetensors
+from muse.release.stored import FileTensor, Named, Stacked, Stored, Transposed, floats, open_safetensors
 
 WEIGHTS, INDEX, SETTINGS = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
 _TABLES = ('shared.weight', 'encoder.embed_tokens.weight')  # one tensor under either name or both
@@ -47,28 +47,28 @@ def open_huggingface(folder: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     """
     settings = _settings(folder / SETTINGS)
     files = _files(folder)
-    table = next((files[name] for name in _TABLES if name in files), None)
+    table = next((name for name in _TABLES if name in files), None)
     layers = {name.split('.')[2] for name in files if name.startswith('encoder.block.')}
     if table is None or not layers:
         kind = 'holds a decoder alone' if any(n.startswith('decoder.') for n in files) else 'holds no T5 encoder'
         raise UserError(f"'{folder}' {kind} (no encoder.block.* tensors): give a T5 with its encoder")
     tensors: dict[str, Stored] = {
-        'token_embedder.embedding': table,
+        'token_embedder.embedding': _one(folder, files, table),
         'encoder.relpos_bias.rel_embedding': Transposed(_one(folder, files, BIAS)),
         'encoder.encoder_norm.scale': _one(folder, files, 'encoder.final_layer_norm.weight'),
     }
     for theirs, ours in LAYER_NAMES.items():
         names = [f'encoder.block.{layer}.{theirs}' for layer in range(len(layers))]
         if any(name in files for name in names):
-            wrap: Callable[[FileTensor], Stored] = Transposed if ours.endswith('kernel') else lambda stored: stored
+            wrap: Callable[[Stored], Stored] = Transposed if ours.endswith('kernel') else lambda stored: stored
             tensors[f'encoder.layers.{ours}'] = Stacked([wrap(_one(folder, files, name)) for name in names])
     return tensors, settings
 
 
-def _one(folder: Path, files: dict[str, FileTensor], name: str) -> FileTensor:
+def _one(folder: Path, files: dict[str, FileTensor], name: str) -> Stored:
     if name not in files:
         raise UserError(f"'{folder}' lacks tensor '{name}': the checkpoint is incomplete; copy it again")
-    return files[name]
+    return Named(files[name], name)
 
 
 def _settings(path: Path) -> dict[str, Any]:

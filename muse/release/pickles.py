@@ -34,6 +34,13 @@ _STORAGES = {
     'ShortStorage': np.dtype('<i2'), 'CharStorage': np.dtype('i1'), 'ByteStorage': np.dtype('u1'),
     'BoolStorage': np.dtype('?'),
 }  # fmt: skip
+_NUMBERS = (
+    ('numpy.core.multiarray', 'scalar'),
+    ('numpy._core.multiarray', 'scalar'),  # since numpy 2
+    ('numpy', 'dtype'),
+    ('_codecs', 'encode'),
+)
+_MOST_PICKLED = 256 * 2**20  # bytes; names and places of tensors take some hundred each
 _INERT = ('pytorch_lightning.', 'lightning.')  # callbacks are keys of a training checkpoint's dicts, never called
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _BROKEN = (
@@ -127,8 +134,19 @@ def _torch_names() -> Names:
             raise ValueError('a tensor lies beyond its storage')
         return StoredTensor(shape, strides, start, storage)
 
+    class Inert:
+        """Whatever it is made of and told, it holds nothing."""
+
+        def __init__(self, *_: Any):
+            pass
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
     return {
         ('collections', 'OrderedDict'): collections.OrderedDict,
+        # Scores and learning rates of a training checkpoint may be numpy's numbers, and their bytes a text in Latin 1.
+        **dict.fromkeys(_NUMBERS, Inert),
         ('torch._utils', '_rebuild_tensor_v2'): rebuild,
         ('torch._utils', '_rebuild_parameter'): lambda tensor, *_: tensor,
         **{('torch', kind): kind for kind in _STORAGES},
@@ -142,6 +160,8 @@ def _read_zip(path: Path) -> Any:
         if f'{root}byteorder' in archive.namelist() and archive.read(f'{root}byteorder') != b'little':
             raise ValueError('big-endian')
         sizes = {info.filename: info.file_size for info in archive.infolist()}
+        if sizes[pickled] > _MOST_PICKLED:
+            raise ValueError(f'names and places of its tensors take {sizes[pickled]} bytes')
 
         def storage(pid: Any) -> _Storage:
             _, kind, key, _, size = pid

@@ -23,7 +23,7 @@ from muse.config import PublicVQConfig, read
 from muse.errors import UserError
 from muse.release.format import Part, graphdef_and_template, load_part
 from muse.release.pickles import StoredTensor, read_torch
-from muse.release.stored import floats, open_safetensors, whole
+from muse.release.stored import all_finite, floats, open_safetensors, whole
 
 # Of a training checkpoint: the losses' nets, and no part of the tokenizer.
 _TRAINING_ONLY = ('loss.',)
@@ -50,7 +50,7 @@ def load_public(path: str | Path, dtype: str = 'float32') -> tuple[PublicVQConfi
 
     Raises:
         UserError: no such model, a damaged file, a setting or kind of model that is not read here, or tensors that
-            are missing, superfluous or of another shape (named).
+            are missing, superfluous, of another shape or not finite (named).
     """
     path = Path(path)
     if path.is_dir():
@@ -102,7 +102,10 @@ def _fill(
                 f"'{path}' holds '{theirs[route]}' as {list(stored.shape)}, which does not make "
                 f'{list(variable.shape)}: it is of another kind'
             )
-        filled.append((route, variable.replace(jnp.asarray(_turn(stored.read(), variable.shape)))))
+        values = stored.read()
+        if not all_finite(values):
+            raise UserError(f"'{path}': tensor '{theirs[route]}' holds NaN or infinity: get the weights again")
+        filled.append((route, variable.replace(jnp.asarray(_turn(values, variable.shape)))))
     return nnx.from_flat_state(filled)
 
 

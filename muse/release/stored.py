@@ -128,6 +128,39 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A tensor by its name in the file, so that NaN and infinity are told when its blocks are read."""
+
+    stored: Stored
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stored.dtype
+
+    def copy_into(self, out: np.ndarray, index: Index) -> None:
+        self.stored.copy_into(out, index)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        for block in self.stored.blocks():
+            if not all_finite(block):
+                raise UserError(f"tensor '{self.name}' holds NaN or infinity: the weights are damaged; copy them again")
+            yield block
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite. Two-byte floats are looked at as bits: numpy's own way is slow there."""
+    if values.dtype.itemsize != 2 or values.dtype.kind in 'iu':
+        return bool(np.isfinite(values).all())
+    infinity = int(np.array(np.inf, values.dtype).view(np.uint16))
+    return not values.size or int((values.view(np.uint16) & 0x7FFF).max()) < infinity
+
+
+@dataclass(frozen=True)
 class Scaled:
     """Integers times float32 scales, of which there is one along an axis or as many as integers."""
 

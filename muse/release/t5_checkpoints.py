@@ -45,7 +45,8 @@ def load_t5(folder: str | Path, *, dtype: Dtype = 'float32', mesh: Mesh | None =
         mesh: what the parameters are split over, as `muse.mesh` says; None: all on the default device.
 
     Raises:
-        UserError: no checkpoint of a T5 encoder, or an incomplete or damaged one.
+        UserError: no checkpoint of a T5 encoder, or an incomplete or damaged one; a tensor with NaN or infinity in it
+            (named).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -60,8 +61,13 @@ def load_t5(folder: str | Path, *, dtype: Dtype = 'float32', mesh: Mesh | None =
             "'checkpoint' and zarr folders (T5X)"
         )
     config = _config(folder, tensors, settings, dtype)
-    params = _load(folder, config, tensors, mesh)
-    digest = hashlib.sha256(f'{stored_hash(tensors)}|{config.relative_max_distance}'.encode())
+    _check_names(folder, config, tensors)
+    try:
+        content = stored_hash(tensors)
+    except UserError as error:
+        raise UserError(f"'{folder}': {error}") from None
+    digest = hashlib.sha256(f'{content}|{config.relative_max_distance}'.encode())
+    params = load_params(tensors, graphdef_and_template('text_encoder', config)[1], config.dtype, mesh)
     return T5Checkpoint(config, params, digest.hexdigest())
 
 
@@ -99,7 +105,7 @@ def _config(folder: Path, tensors: dict[str, Stored], settings: dict[str, Any], 
     return T5Config(**told, relative_max_distance=distance, max_length=MAX_LENGTH, dtype=dtype)
 
 
-def _load(folder: Path, config: T5Config, tensors: dict[str, Stored], mesh: Mesh | None) -> nnx.State:
+def _check_names(folder: Path, config: T5Config, tensors: dict[str, Stored]) -> None:
     _, template = graphdef_and_template('text_encoder', config)
     shapes = {'.'.join(map(str, route)): variable.shape for route, variable in nnx.to_flat_state(template)}
     for name, shape in shapes.items():
@@ -111,4 +117,3 @@ def _load(folder: Path, config: T5Config, tensors: dict[str, Stored], mesh: Mesh
             )
     if surplus := sorted(tensors.keys() - shapes.keys()):
         raise UserError(f"'{folder}' holds '{surplus[0]}', for which a T5 encoder has no place")
-    return load_params(tensors, template, config.dtype, mesh)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from muse.errors import UserError
-from muse.release.stored import BLOCK_BYTES, FLOATS, Index, InMemory, Stacked, Stored
+from muse.release.stored import BLOCK_BYTES, FLOATS, Index, InMemory, Named, Stacked, Stored
 
 CHECKPOINT = 'checkpoint'
 _PLACEHOLDER = 'PLACEHOLDER://'  # how checkpoints written through Orbax name a zarr folder
@@ -140,7 +140,7 @@ def _open(folder: Path, name: str, leaf: Any, scanned: bool = False) -> Stored:
     if isinstance(leaf, np.ndarray):
         if scanned and leaf.ndim < 2:
             raise UserError(f"'{folder / CHECKPOINT}' has '{name}' without an axis of layers: copy it again")
-        return InMemory(leaf.swapaxes(0, _LAYER_AXIS) if scanned else leaf)
+        return Named(InMemory(leaf.swapaxes(0, _LAYER_AXIS) if scanned else leaf), name)
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         place = leaf.removeprefix(_PLACEHOLDER)
     elif isinstance(leaf, Mapping):
@@ -148,7 +148,7 @@ def _open(folder: Path, name: str, leaf: Any, scanned: bool = False) -> Stored:
         place = str((isinstance(store, Mapping) and store.get('path')) or leaf.get('path', ''))
     else:
         raise UserError(f"'{folder / CHECKPOINT}' has {type(leaf).__name__} where '{name}' should be: copy it again")
-    return _open_zarr(folder / Path(place).name, scanned)
+    return Named(_open_zarr(folder / Path(place).name, scanned), name)
 
 
 def _open_zarr(folder: Path, scanned: bool) -> ZarrTensor:

@@ -90,6 +90,10 @@ class Tokenizer:
         _warn(unknown, lost, length)
         return ids_BS, len_B
 
+    def lost(self, text: str, max_length: int) -> str:
+        """What `encode` cuts off, '' where all of the text fits. Raises UserError as `encode`, and warns of nothing."""
+        return self._encode(text, max_length)[0].lost
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, up to the first </s> or pad."""
         kept = []
@@ -144,13 +148,18 @@ def clean(text: str) -> str:
     return ' '.join(''.join(c for c in text if unicodedata.category(c)[0] != 'C').split())
 
 
+def beginning(text: str) -> str:
+    """The first few words of a text, for a message."""
+    words = text.split()
+    shown = ' '.join(words[:5])
+    return shown[:80] + (' …' if len(words) > 5 or len(shown) > 80 else '')
+
+
 def _warn(unknown: dict[str, None], lost: list[str], length: int) -> None:
     if unknown:
         shown = ' '.join(c if c.isprintable() else f'U+{ord(c):04X}' for c in list(unknown)[:10])
         shown += ' …' if len(unknown) > 10 else ''
         warn(f'not in the vocabulary, read byte by byte or as unknown: {shown}')
     if lost:
-        words = lost[0].split()
-        shown = ' '.join(words[:5])[:80] + (' …' if len(words) > 5 else '')
         others = f' (and {len(lost) - 1} other prompts were cut)' if len(lost) > 1 else ''
-        warn(f"prompt is longer than {length - 1} tokens: lost from '{shown}' on{others}")
+        warn(f"prompt is longer than {length - 1} tokens: lost from '{beginning(lost[0])}' on{others}")

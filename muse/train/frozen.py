@@ -44,6 +44,10 @@ class CaptionEncoder:
         ids_BS, len_B = _tokenizer(self.vocabulary).batch([caption], self.length)
         return np.asarray(ids_BS[0], np.int32), int(len_B[0])
 
+    def lost(self, caption: str) -> str:
+        """What of a caption is cut off; '' where it fits."""
+        return _tokenizer(self.vocabulary).lost(caption, self.length)
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_pictures(graphdef: Any, params: nnx.State, img_BHWC: UInt8[Array, 'B H W 3']) -> Int[Array, 'B T']:

@@ -135,7 +135,7 @@ def precompute(
     for i, share in zip(todo, spans, strict=True):
         with ShardWriter(folder, split, i, shards) as writer:
             encoded = _encode(itertools.islice(batches, len(share)), nets, batch_size)
-            _write(writer, encoded, data.text_length, bar)
+            _write(writer, encoded, nets.encode_text, bar)
     next(batches, None)  # at its end a loader's workers leave nothing behind
     _wait_for_all('written')
     if jax.process_index() == 0 and (todo or found.sizes is None):
@@ -258,7 +258,7 @@ def _fetch(encoded: dict[str, jax.Array], batch: dict[str, Any]) -> Encoded:
     return fetched | {name: batch[name] for name in ('index', 'len', 'caption', 'bad') if name in batch}
 
 
-def _write(writer: ShardWriter, batches: Iterator[Encoded], text_length: int, bar: _Progress) -> None:
+def _write(writer: ShardWriter, batches: Iterator[Encoded], encode_text: CaptionEncoder, bar: _Progress) -> None:
     """Writes records in a thread of its own, so that neither the device nor the workers wait for a disk."""
     work: queue.Queue[Encoded | None] = queue.Queue(_QUEUED_BATCHES)
     failed: list[BaseException] = []
@@ -268,7 +268,7 @@ def _write(writer: ShardWriter, batches: Iterator[Encoded], text_length: int, ba
             if failed:
                 continue  # keep taking, so that the sender never blocks
             try:
-                _write_batch(writer, batch, text_length)
+                _write_batch(writer, batch, encode_text)
                 bar.add(len(batch['index']) + len(batch['bad']))
             except BaseException as error:
                 failed.append(error)
@@ -287,11 +287,16 @@ def _write(writer: ShardWriter, batches: Iterator[Encoded], text_length: int, ba
         raise failed[0]
 
 
-def _write_batch(writer: ShardWriter, batch: Encoded, text_length: int) -> None:
+def _write_batch(writer: ShardWriter, batch: Encoded, encode_text: CaptionEncoder) -> None:
     for row in range(len(batch['index'])):
         low_T = batch['low'][row] if 'low' in batch else None
         length = int(batch['len'][row])
-        record = encode_record(batch['tok'][row], batch['txt'][row, :length], batch['caption'][row], low_T)
-        writer.write(record, text=length, limit=text_length)
+        caption = batch['caption'][row]
+        writer.write(
+            encode_record(batch['tok'][row], batch['txt'][row, :length], caption, low_T),
+            text=length,
+            limit=encode_text.length,
+            cut=(caption, lost) if length == encode_text.length and (lost := encode_text.lost(caption)) else None,
+        )
     for name, reason in batch['bad']:
         writer.reject(name, reason)

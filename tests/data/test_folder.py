@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from muse.config import DataConfig
-from muse.data.folder import _index, index_folder
+from muse.data.folder import _index, _index_pictures, index_folder
 from muse.data.pipeline import make_loader
+from muse.data.splits import unit_hash
 from muse.errors import InputWarning, UserError
 
 
@@ -62,6 +63,42 @@ def test_bad_rows_and_pictures_are_counted_named_and_skipped(folder):
         message = str(caught[0].message)
         assert '5 rows or pictures' in message and '\n' not in message
         assert all(part in message for part in ('line 2', 'line 3', "'gone.png'", 'outside', 'broken.png'))
+
+
+@pytest.mark.filterwarnings('ignore:.*1 pictures are unreadable and were skipped. sub/broken.png')
+def test_pictures_alone(folder):
+    """Every one below the folder, in order, without a captions file or whatever it says."""
+    (folder / 'sub').mkdir()
+    (folder / 'sub' / 'a.png').write_bytes((folder / 'red.png').read_bytes())
+    (folder / 'sub' / 'broken.png').write_bytes(b'no picture')
+    data = DataConfig(kind='folder', path=str(folder), image_size=8, caption_key='')
+    for _ in range(2):
+        (batch,) = make_loader(data, batch_size=4, seed=0, repeat=False)
+        assert batch['img'][:, 0, 0].tolist() == [[0, 0, 255], [255, 0, 0], [255, 0, 0]]
+        assert batch['caption'].tolist() == ['', '', ''] and not batch['bad'].any()
+        write_rows(folder, RED)
+        _index_pictures.cache_clear()
+    assert (folder / 'pictures.checked.json').exists()
+    for path in folder.rglob('*.png'):
+        path.write_bytes(b'')
+    with pytest.warns(InputWarning), pytest.raises(UserError, match='holds no readable picture'):
+        index_folder(folder, captioned=False)
+
+
+def test_halves_of_characters_in_a_caption_are_left_out(folder):
+    """JSON can hold them, and a record could not be written; the vocabulary does not see them either."""
+    write_rows(folder, {'file': 'red.png', 'caption': 'a\ud800 cat \ud83d\ude00'}, BLUE)
+    (batch,) = one_pass(folder)
+    assert batch['caption'].tolist() == ['a cat \U0001f600', BLUE['caption']]
+    assert 0 <= unit_hash('\udcff.png') < 1
+
+
+@pytest.mark.filterwarnings('ignore:.*were skipped')
+@pytest.mark.parametrize('name', ['x' * 300, 'y/' + 'x' * 5000, 'a\0b', '\ud800'])
+def test_a_name_that_no_file_can_have_is_a_bad_row(folder, name):
+    write_rows(folder, {'file': name, 'caption': 'x'}, RED)
+    pairs, ((line, reason),) = index_folder(folder)
+    assert len(pairs) == 1 and line == 'line 1' and reason.endswith(' does not exist') and len(reason) < 120
 
 
 def test_a_repaired_picture_is_looked_at_again(folder):

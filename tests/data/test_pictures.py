@@ -160,3 +160,11 @@ def test_picture_files(tmp_path):
     assert picture_files(tmp_path) == [tmp_path / '1.jpeg', tmp_path / 'b' / '2.PNG']
     with pytest.raises(UserError, match='does not exist'):
         picture_files(tmp_path / 'c')
+
+
+@pytest.mark.parametrize('name', ['x' * 300, 'a\0b', '\udcff' * 3])
+def test_a_name_that_no_file_can_have_does_not_exist(name, tmp_path):
+    with pytest.raises(UserError, match='does not exist: give'):
+        open_picture(tmp_path / name)
+    with pytest.raises(UserError, match='does not exist: give'):
+        picture_files(tmp_path / name)

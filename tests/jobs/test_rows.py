@@ -116,7 +116,7 @@ def test_unknown_columns_are_named(tmp_path):
     with pytest.warns(InputWarning, match="column 'sede' is not used; did you mean 'seed'"):
         table = read(file(tmp_path, 'p.csv', 'prompt,sede\na,3\n'))
     assert table.rows[0].seed is None
-    with pytest.warns(InputWarning, match="columns 'file', 'steps' are not used$"):
+    with pytest.warns(InputWarning, match="columns 'file', 'steps' are not used; known are prompt, id, .*, size$"):
         read(file(tmp_path, 'p.csv', 'prompt,steps,file\na,3,x\n'))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch_files
 
 from muse.errors import UserError
+from muse.release import pickles
 from muse.release.pickles import NUMPY_NAMES, PlainUnpickler, StoredTensor, read_torch
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'public_vq'
@@ -83,6 +85,24 @@ def test_names_of_training_callbacks_are_inert(tmp_path):
     for called in (key + b'(tR.', key + b')\x81.', key + b'}b.'):
         with pytest.raises(UserError, match='damaged one'):
             read_torch(archive(tmp_path / 'call', called))
+
+
+@pytest.mark.parametrize('module', [b'numpy.core.multiarray', b'numpy._core.multiarray'])
+def test_numbers_of_numpys_beside_the_weights_are_passed_over(module, tmp_path):
+    """As in checkpoints of a training: before numpy 2 the module had another name."""
+    content = {'epoch': 3, 'best': np.float64(0.25), 'rates': [np.float32(1e-4), np.int64(7)], 'on': np.bool_(True)}
+    pickled = re.sub(rb'cnumpy\._?core\.multiarray\n', b'c' + module + b'\n', pickle.dumps(content, 2))
+    assert pickled.count(module) == 1
+    found = read_torch(archive(tmp_path / 'a', pickled))
+    assert found['epoch'] == 3 and found.keys() == content.keys() and len(found['rates']) == 2
+    assert not vars(found['best'])
+
+
+def test_an_index_that_is_larger_than_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, '_MOST_PICKLED', 100)
+    assert read_torch(archive(tmp_path / 'a', b'N.' + bytes(98))) is None
+    with pytest.raises(UserError, match='names and places of its tensors take 101 bytes'):
+        read_torch(archive(tmp_path / 'a', b'N.' + bytes(99)))
 
 
 def test_a_tensor_cannot_be_forged(tmp_path):

@@ -104,6 +104,8 @@ def test_half_precision_and_latent_diffusions_prefix(tmp_path):
 
 def test_becomes_a_tokenizer_part_of_a_release(tmp_path):
     config, params = load_public(published(tmp_path, 'movq'))
+    with pytest.raises(UserError, match=r'a model of diffusers \(VQModel\): .* tools/import_tokenizer.py'):
+        load_part(tmp_path, 'tokenizer')  # as it was published
     save_part(tmp_path / 'release', 'tokenizer', config=config, params=params, storage='float32')
     part = load_part(tmp_path / 'release', 'tokenizer')
     assert part.config == config and part.config.factor == 2
@@ -114,6 +116,8 @@ def test_becomes_a_tokenizer_part_of_a_release(tmp_path):
     'name, change, message',
     [
         ('amused', lambda t: t.pop('quant_conv.bias'), "lacks tensor 'quant_conv.bias': "),
+        ('amused', lambda t: t['quant_conv.bias'].__setitem__(2, np.nan), "'quant_conv.bias' holds NaN or infinity"),
+        ('taming', lambda t: t['quantize.embedding.weight'].__setitem__(2, np.inf), "embedding.weight' holds NaN or"),
         ('amused', lambda t: t.update(new=np.ones(2, np.float32)), "holds tensor 'new', which"),
         ('amused', lambda t: [t.pop(n) for n in list(t) if 'mid_block' in n], r"lacks tensor 'decoder.* and 31 more"),
         ('amused', lambda t: t.update({'quant_conv.bias': np.ones(7, np.float32)}), r"'quant_conv.bias' as \[7\]"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore
 from flax import nnx
 from flax.serialization import msgpack_restore, msgpack_serialize
 from safetensors.numpy import load_file, save_file
@@ -21,6 +22,7 @@ from muse.mesh import make_mesh
 from muse.models.t5 import T5Encoder
 from muse.release import huggingface, stored, t5x
 from muse.release.format import graphdef_and_template
+from muse.release.stored import all_finite
 from muse.release.t5_checkpoints import T5Checkpoint, load_t5
 
 HUGGING_FACE = {
@@ -191,6 +193,7 @@ def only_a_pickle(folder):
 
 
 Q = 'encoder.block.1.layer.0.SelfAttention.q.weight'
+TABLE = 'encoder.embed_tokens.weight'
 BAD = {
     'decoder alone': (keep_decoder_alone, 'holds a decoder alone .* give a T5 with its encoder'),
     'pickle': (only_a_pickle, "'pytorch_model.bin', a pickle, .*save_pretrained"),
@@ -213,6 +216,8 @@ BAD = {
         lambda f: rewrite(f, lambda t: t.update({Q: t[Q][:-1].copy()})),
         'layer 1 has the shape .*is damaged',
     ),
+    'NaN': (lambda f: rewrite(f, lambda t: t[Q].__setitem__((3, 5), np.nan)), f"model': tensor '{Q}' holds NaN or inf"),
+    'infinity': (lambda f: rewrite(f, lambda t: t[TABLE].__setitem__(-1, -np.inf)), f"tensor '{TABLE}' holds NaN or"),
     'integers': (lambda f: rewrite(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), f"lacks tensor '{Q}'"),
     'empty folder': (lambda f: (shutil.rmtree(f), f.mkdir()), 'no T5 checkpoint: it needs config.json'),
     'no folder': (shutil.rmtree, 'does not exist'),
@@ -283,6 +288,28 @@ def test_a_t5x_layer_that_is_lost(tmp_path):
     (folder / 'checkpoint').write_bytes(msgpack_serialize(tree))
     with pytest.raises(UserError, match='has ndarray in place of a layer: copy it again'):
         load_t5(folder)
+
+
+@pytest.mark.parametrize('scanned', [False, True])
+def test_a_t5x_tensor_that_is_not_finite_is_named(scanned, tmp_path):
+    folder = write_t5x(tmp_path, 't5_v1_1', scanned=scanned, dtype='bfloat16')
+    name = 'encoder.layers.mlp.wo.kernel' if scanned else 'encoder.layers_1.mlp.wo.kernel'
+    place = {'driver': 'file', 'path': str(folder / f'target.{name}')}
+    store = tensorstore.open({'driver': 'zarr', 'kvstore': place}).result()
+    values = store.read().result()
+    values[-1, -1] = np.inf
+    store.write(values).result()
+    shown = 'mlp.wo.kernel' if scanned else name
+    with pytest.raises(UserError, match=f"tensor '{shown}' holds NaN or infinity"):
+        load_t5(folder)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_all_finite(dtype):
+    values = np.array([0, -0.0, ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min, 1e-7], dtype)
+    assert all_finite(values) and all_finite(values[:0]) and all_finite(np.full(3, -1, np.int16))
+    for wrong in (np.inf, -np.inf, np.nan, -np.nan):
+        assert not all_finite(np.append(values, np.array(wrong, dtype)))
 
 
 def test_half_precision_rounds_to_nearest(tmp_path):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 from photos import colour, picture, write_tar, write_tars
 from t5_folders import add_vocabulary, write_huggingface
@@ -198,6 +199,11 @@ def test_from_tars_with_rejects_counted_and_named(nets, tars, tmp_path):
     assert write(nets, tmp_path / 'out', tars, num=0) == 12
     found = read_splits(tmp_path / 'out')['train']
     assert (found.rejected, found.skipped, found.without_text, found.full_text) == (2, 1, 2, 1)
+    (begin, lost), whole = found.cut[0], (b'a long text of words ' * 30).decode().split()
+    pieces = sentencepiece.SentencePieceProcessor(nets.encode_text.vocabulary).EncodeAsPieces(' '.join(whole))
+    first = sum(piece.startswith('▁') for piece in pieces[:31]) - 1  # the word of the first piece that does not fit
+    assert len(found.cut) == 1 and begin == 'a long text of words …'
+    assert lost == ' '.join(whole[first:][:5]) + ' …'
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'train.rejects.jsonl').read_text().splitlines()]
     assert [(line['name'], line['times']) for line in lines] == [('9.tar/bare', 0), ('9.tar/cut', 1), ('9.tar/tiny', 1)]
     assert lines[2]['reason'] == '9x9 is under 10 pixels on its shorter side'
