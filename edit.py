@@ -21,13 +21,13 @@ from absl import app, flags
 
 import muse
 from muse.config import DecodeConfig, FreeEditConfig
-from muse.errors import UserError, main_guard, warn
+from muse.errors import UserError, warn
 from muse.jobs import command_line
-from muse.jobs.command_line import parse
+from muse.jobs.command_line import guarded, parse
 from muse.jobs.editing import EditJob, edit_all, read_edits
 from muse.jobs.edits import KINDS, EditKnobs
 from muse.jobs.sampling import Knobs
-from muse.settings import override
+from muse.settings import CONTEXT, override
 
 FLAGS = flags.FLAGS
 DECODING = tuple(field.name for field in dataclasses.fields(DecodeConfig))
@@ -40,15 +40,14 @@ flags.DEFINE_bool('free', False, 'Without a mask: a share of the tokens is drawn
 flags.DEFINE_float('variation', None, 'Share of the tokens that is drawn anew, 0 to 1.')
 flags.DEFINE_bool('upscale', False, 'Draw the picture anew by the super-res.')
 flags.DEFINE_string('jobs', None, 'Many edits: .csv or .jsonl (columns: see above).')
-flags.DEFINE_float('context', 2.0, 'Size of the window that is painted, over that of the mask.')
+flags.DEFINE_float('context', CONTEXT, 'Size of the window that is painted, over that of the mask.')
 flags.DEFINE_integer('iterations', None, 'Of --free; fewer change less.')
 flags.DEFINE_float('share', None, 'Of the tokens, drawn in one iteration of --free.')
 flags.DEFINE_list('frames', [], 'Iterations of --free that the strip shows, e.g. 25,50,75.')
 flags.DEFINE_bool('strip', False, 'Also write before and after side by side.')
-flags.DEFINE_string('out', 'edited', 'Folder for the pictures; made when missing.')
-flags.DEFINE_enum('format', 'folder', ['folder', 'webdataset'], 'Files, or tars for WebDataset.')
-flags.DEFINE_integer('shard_size', 1000, 'Pictures a tar of --format=webdataset; skipped or done as a whole.')
+command_line.define_output('edited')
 command_line.define_knobs()
+flags.adopt_module_key_flags(command_line)  # so that --help shows them too
 
 
 def row_of_flags() -> dict:
@@ -118,12 +117,5 @@ def main(argv: list[str]) -> int:
     return 1 if report.rejects else 0
 
 
-def guarded(argv: list[str]) -> None:
-    """As a script: errors of the user are one line and exit code 2."""
-    with main_guard():
-        if code := main(argv):
-            sys.exit(code)
-
-
 if __name__ == '__main__':
-    app.run(guarded, argv=sys.argv, flags_parser=parse)
+    app.run(guarded(main), argv=sys.argv, flags_parser=parse)

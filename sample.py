@@ -18,9 +18,9 @@ import sys
 from absl import app, flags
 
 import muse
-from muse.errors import UserError, main_guard, warn
+from muse.errors import UserError, warn
 from muse.jobs import command_line, rows
-from muse.jobs.command_line import parse
+from muse.jobs.command_line import guarded, parse
 from muse.jobs.sampling import Job, Knobs, read_prompts, sample
 
 FLAGS = flags.FLAGS
@@ -29,17 +29,14 @@ flags.DEFINE_string('prompts_file', None, 'More prompts: .txt (one a line), .csv
 flags.DEFINE_integer('num_images', 1, 'Pictures a prompt.')
 flags.DEFINE_integer('batch_size', 8, 'Pictures at a time on an accelerator, over all devices of the host.')
 flags.DEFINE_string('size', None, "Width x height in pixels, e.g. 256x384; default: the model's.")
-flags.DEFINE_string('out', 'out', 'Folder for the pictures; made when missing.')
-flags.DEFINE_enum('format', 'folder', ['folder', 'webdataset'], 'Files, or tars for WebDataset.')
-flags.DEFINE_integer('shard_size', 1000, 'Pictures a tar of --format=webdataset; skipped or drawn as a whole.')
 flags.DEFINE_bool('grid', False, 'Also write grid.png with all the pictures.')
 flags.DEFINE_bool('gif', False, 'Also write a GIF beside each picture: the tokens as they are filled in.')
 flags.DEFINE_bool('save_tokens', False, 'Also write the token ids beside each picture (.npz).')
 flags.DEFINE_string('aot', None, 'Only compile for a TPU of one host, e.g. v5e:2x2, and report on it.')
-flags.DEFINE_list(
-    'aot_configs', [], 'With --aot, instead of --model: files of configs/ of a base and its tokenizer, ...'
-)
+flags.DEFINE_list('aot_configs', [], 'With --aot, instead of --model: the files of configs/ that train its nets.')
+command_line.define_output('out')
 command_line.define_knobs()
+flags.adopt_module_key_flags(command_line)  # so that --help shows them too
 
 
 def main(argv: list[str]) -> int:
@@ -84,12 +81,5 @@ def _size() -> tuple[int, int] | None:
     return None if FLAGS.size is None else rows.size(FLAGS.size)
 
 
-def guarded(argv: list[str]) -> None:
-    """As a script: errors of the user are one line and exit code 2."""
-    with main_guard():
-        if code := main(argv):
-            sys.exit(code)
-
-
 if __name__ == '__main__':
-    app.run(guarded, argv=sys.argv, flags_parser=parse)
+    app.run(guarded(main), argv=sys.argv, flags_parser=parse)

@@ -13,7 +13,7 @@ def main(model: muse.Muse, out: Path) -> None:
     rows = [
         Row(prompt='a cat, noto style', seed=1),
         Row(prompt='a cat, noto style', seed=2, guidance_scale=6.0),
-        Row(prompt='a cat, noto style', seed=2, guidance_scale=0.0, negative_prompt='a dog'),
+        Row(prompt='a cat, noto style', seed=2, negative_prompt='a dog'),
     ]
     for index, drawn in enumerate(model.draw(rows, model.settings(steps=12))):
         drawn.image.save(out / f'rows_{index}.png')

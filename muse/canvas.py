@@ -11,7 +11,7 @@ from muse import settings as knobs
 from muse.config import DecodeConfig
 from muse.errors import UserError
 from muse.release.format import Release
-from muse.settings import Superres
+from muse.settings import SuperresDecoding
 
 Grid = tuple[int, int]  # token rows and columns
 
@@ -35,7 +35,7 @@ class Draft(NamedTuple):
     superres: DecodeConfig | None  # None: the base alone draws
 
 
-def draft(release: Release, size: tuple[int, int] | None, base: DecodeConfig, superres: Superres) -> Draft:
+def draft(release: Release, size: tuple[int, int] | None, base: DecodeConfig, superres: SuperresDecoding) -> Draft:
     """Checks what a user asks of a release, whose weights are not read.
 
     Args:

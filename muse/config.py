@@ -16,6 +16,12 @@ from muse.errors import UserError, nearest
 from muse.strict import read
 
 Dtype = Literal['float32', 'bfloat16']
+Remat = Literal['none', 'dots', 'full']  # what the backward pass makes again: nothing, all but products, everything
+# 'auto': the chip's own attention where it fits; 'fused': this project's for GPUs where it fits, else as 'auto'.
+Backend = Literal['auto', 'xla', 'cudnn', 'splash', 'fused']
+MaskSchedule = Literal['cosine', 'linear', 'square', 'cubic', 'root']
+GuidanceSchedule = Literal['constant', 'linear', 'cosine']
+Order = Literal['confidence', 'halton', 'random']
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ class T5Config:
     relative_buckets: int = 32
     relative_max_distance: int = 128
     max_length: int = 127  # tokens incl. </s>: null + text is then 128 in the cross-attention
-    remat: Literal['none', 'dots', 'full'] = 'none'
+    remat: Remat = 'none'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
     attention: Literal['xla', 'cudnn'] = 'xla'  # splash knows no position bias
     dtype: Dtype = 'float32'
@@ -99,10 +105,9 @@ class TransformerConfig:
     layers: int = 48
     text_width: int = 4096
     text_length: int = 127
-    remat: Literal['none', 'dots', 'full'] = 'dots'
+    remat: Remat = 'dots'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
-    # 'auto': the chip's own kernel where it fits; 'fused': this project's for GPUs where it fits, else as 'auto'.
-    attention: Literal['auto', 'xla', 'cudnn', 'splash', 'fused'] = 'auto'
+    attention: Backend = 'auto'
     dtype: Dtype = 'float32'
 
 
@@ -122,10 +127,9 @@ class SuperresConfig:
     low_layers: int = 16  # self-attention layers over the low-res tokens; 0: only their embedding is read
     text_width: int = 4096
     text_length: int = 127
-    remat: Literal['none', 'dots', 'full'] = 'dots'
+    remat: Remat = 'dots'
     unroll: int = 1  # layers a scan step; `layers` unrolls the whole stack
-    # 'auto': the chip's own kernel where it fits; 'fused': this project's for GPUs where it fits, else as 'auto'.
-    attention: Literal['auto', 'xla', 'cudnn', 'splash', 'fused'] = 'auto'
+    attention: Backend = 'auto'
     dtype: Dtype = 'float32'
 
 
@@ -136,15 +140,15 @@ class DecodeConfig:
     steps: int = 24
     guidance_scale: float = 3.0  # t of §2.7: logits = (1+t)·conditional − t·unconditional; 0 is no guidance
     # From 0 at the first step to t at the last, in a line (the paper's) or half a cosine wave; or t throughout.
-    guidance_schedule: Literal['constant', 'linear', 'cosine'] = 'linear'
+    guidance_schedule: GuidanceSchedule = 'linear'
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # only from here to there: shares of the way, both included
     temperature: float = 1.0  # at the first step; 0 takes the most likely token
     final_temperature: float | None = None  # at the last step, in a line from the first; None: as at the first
     choice_temperature: float = 4.5  # Gumbel noise on the confidence, annealed to 0 over the steps (MaskGIT's 4.5)
     top_k: int = 0  # draw among so many of the most likely codes; 0: among all
     top_p: float = 1.0  # draw among the fewest codes that hold this share of the probability; 1: among all
-    order: Literal['confidence', 'halton', 'random'] = 'confidence'  # which drawn tokens are kept first
-    schedule: Literal['cosine', 'linear', 'square', 'cubic', 'root'] = 'cosine'  # share still masked over the steps
+    order: Order = 'confidence'  # which drawn tokens are kept first
+    schedule: MaskSchedule = 'cosine'  # share still masked over the steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +217,7 @@ class DataConfig:
     # split 'heldout' and the others are 'train'.
     heldout_share: float = 0.0
     image_key: str = 'image'
-    caption_key: str = 'caption'  # '' with 'webdataset' and 'parquet': pictures alone
+    caption_key: str = 'caption'  # '' with 'folder', 'webdataset' and 'parquet': pictures alone
     image_size: int = 256
     min_side: int = 0  # pictures of fewer pixels on the shorter side are left out
     max_objects: int = 3  # 'scenes' only
@@ -235,6 +239,11 @@ class OptimConfig:
     warmup_steps: int = 5000
     final_fraction: float = 0.0  # learning rate at the last step, as a share of the peak
     gradient_clip: float = 1.0  # global norm; 0 is off
+
+
+def _vq_optim() -> OptimConfig:
+    """The tokenizer's and its critic's (Table 5: Adam 1e-4, betas 0.9/0.99, weight decay 1e-4, warm-up 10k)."""
+    return OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,10 +290,8 @@ class TokenizerRun:
     eval_data: DataConfig
     init_from: str = ''  # folder of the tokenizer to start from: a release, or <workdir>/export; '': fresh weights
     loss: VQLossConfig = field(default_factory=VQLossConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000))
-    discriminator_optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000)
-    )
+    optim: OptimConfig = field(default_factory=_vq_optim)
+    discriminator_optim: OptimConfig = field(default_factory=_vq_optim)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -300,10 +307,8 @@ class DecoderRun:
     tokenizer: str  # folder of the tokenizer: a release, or <workdir>/export
     init_from: str = ''  # folder of a tokenizer whose decoder to start from; '': fresh weights
     loss: VQLossConfig = field(default_factory=VQLossConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000))
-    discriminator_optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(b2=0.99, weight_decay=1e-4, warmup_steps=10_000)
-    )
+    optim: OptimConfig = field(default_factory=_vq_optim)
+    discriminator_optim: OptimConfig = field(default_factory=_vq_optim)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 

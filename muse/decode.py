@@ -13,27 +13,27 @@ differ in what is known (`keep_BT`), in which tokens are masked again after a st
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from muse.config import MaskSchedule
 from muse.errors import UserError
 
-Schedule = Literal['cosine', 'linear', 'square', 'cubic', 'root']
 LogitsFn = Callable[[Int[Array, 'B T'], Float[Array, '']], Float[Array, 'B T V']]
 Choose = Callable[[Key[Array, ' B'], Float[Array, 'B T'], Bool[Array, 'B T'], tuple], Bool[Array, 'B T']]
+_ORDER = 2**31  # folded into a row's key where steps are otherwise: no step has this number
 
 
-def row_keys(seed: int | Integer[Array, ''] | Integer[Array, ' B'], index_B: Int[Array, ' B']) -> Key[Array, ' B']:
+def noise_keys(seed: int | Integer[Array, ''] | Integer[Array, ' B'], index_B: Int[Array, ' B']) -> Key[Array, ' B']:
     """One noise key a picture, from the run's seed (or one seed a row) and the picture's index in the run."""
     seed_B = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), index_B.shape)
     return jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(seed_B, index_B)
 
 
-def masked_share(progress: Float[Array, ...], schedule: Schedule) -> Float[Array, ...]:
+def masked_share(progress: Float[Array, ...], schedule: MaskSchedule) -> Float[Array, ...]:
     """γ(progress): the share of the unknown tokens still masked; γ(0) = 1, γ(1) = 0."""
     match schedule:
         case 'cosine':
@@ -49,7 +49,7 @@ def masked_share(progress: Float[Array, ...], schedule: Schedule) -> Float[Array
     raise UserError(f"mask schedule is {schedule!r}; choose 'cosine', 'linear', 'square', 'cubic' or 'root'")
 
 
-def masked_counts(unknown_B: Int[Array, ' B'], steps: int, schedule: Schedule) -> Int[Array, 'K B']:
+def masked_counts(unknown_B: Int[Array, ' B'], steps: int, schedule: MaskSchedule) -> Int[Array, 'K B']:
     """How many tokens of each row stay masked after each step.
 
     Follows floor(unknown · γ(k/K)), but frees at least one token a step and leaves none after the last.
@@ -162,9 +162,6 @@ def random_order(keys_B: Key[Array, ' B'], tokens: int) -> Float[Array, 'B T']:
     return jax.vmap(lambda k: jax.random.uniform(k, (tokens,)))(order_keys_B)
 
 
-_ORDER = 2**31  # folded into a row's key where steps are otherwise: no step has this number
-
-
 def decode_steps(
     logits_fn: LogitsFn,
     canvas_BT: Int[Array, 'B T'],
@@ -174,7 +171,7 @@ def decode_steps(
     steps: int,
     temperature: float | Array = 1.0,
     choice_temperature: float | Array = 4.5,
-    schedule: Schedule = 'cosine',
+    schedule: MaskSchedule = 'cosine',
     order_BT: Float[Array, 'B T'] | None = None,
     top_k: Integer[Array, ''] | None = None,
     top_p: Float[Array, ''] | None = None,
@@ -185,7 +182,7 @@ def decode_steps(
         logits_fn: (tok_BT with MASK = V at the unknown, progress in [0, 1]) → guided logits over the V codes.
         canvas_BT: token ids; what stands where `keep_BT` is False does not matter.
         keep_BT: True where a token is known.
-        keys_B: one noise key a row (`row_keys`).
+        keys_B: one noise key a row (`noise_keys`).
         steps: K; rows with fewer unknown tokens than steps are done early.
         temperature: of the token's softmax, 0 is greedy; a number, one a row [B], or one a step and row [K, B].
         choice_temperature: of the Gumbel noise on the confidence, annealed linearly to 0 at the last step.

@@ -22,15 +22,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt8
 
 from muse.canvas import Grid, windows
-from muse.config import DecodeConfig
-from muse.decode import LogitsFn, decode_steps, halton_order, random_order, resample_steps, row_keys
+from muse.config import DecodeConfig, GuidanceSchedule, MaskSchedule, Order
+from muse.decode import LogitsFn, decode_steps, halton_order, noise_keys, random_order, resample_steps
 from muse.guidance import cfg_weights, guided_logits, scale_at
 from muse.models.superres import Superres
 from muse.models.vqgan import to_float, to_uint8
-from muse.nn.devices import drawing_kernels, platform, warn_if_asked
+from muse.nn.devices import GPUS, drawing_kernels, platform, warn_if_asked
 from muse.nn.layers import cast_matrices, unstack
 from muse.nn.quantized import is_quantized
 
+Branches = Callable[[Int[Array, 'BG T'], Int[Array, ' BG']], Float[Array, 'BG T V']]  # tokens, text lengths → logits
+# Folded into the noise keys of the super-res: it draws other things than the base from the same seed.
+_SUPERRES = np.uint32(2**32 - 1)
 traces: Counter[str] = Counter()  # how often JAX has traced each program: other prompts and knobs must not add to it
 
 
@@ -56,9 +59,9 @@ class Program(NamedTuple):
     """What a program is compiled for."""
 
     steps: int
-    schedule: str
-    guidance_schedule: str
-    order: str
+    schedule: MaskSchedule
+    guidance_schedule: GuidanceSchedule
+    order: Order
 
 
 def program_of(config: DecodeConfig) -> Program:
@@ -110,7 +113,7 @@ def fill_base(
 ) -> Int[Array, 'K B T']:
     """The base transformer fills a canvas of `grid` tokens: the canvas after each step, as `decode_steps` gives it."""
     traces['fill_base'] += 1
-    keys_B = row_keys(batch.seed_B, batch.index_B)
+    keys_B = noise_keys(batch.seed_B, batch.index_B)
     return _fill(_base_branches(params, graph, grid, batch), canvas_BT, keep_BT, keys_B, batch, grid, program)
 
 
@@ -128,13 +131,9 @@ def fill_superres(
 ) -> Int[Array, 'K B T']:
     """The super-res fills a canvas of `grid` high-res tokens over complete low-res ones (§2.4); as `fill_base`."""
     traces['fill_superres'] += 1
-    # Its noise is not the base's: the two draw different things from the same seed.
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys(batch.seed_B, batch.index_B), _SUPERRES)
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_keys(batch.seed_B, batch.index_B), _SUPERRES)
     branches = _superres_branches(_merged(graph, params), low_BT, batch, grid)
     return _fill(branches, canvas_BT, keep_BT, keys_B, batch, grid, program)
-
-
-_SUPERRES = np.uint32(2**32 - 1)
 
 
 @partial(jax.jit, static_argnames=('graph', 'grid', 'program'))
@@ -155,7 +154,7 @@ def resample_base(
         _guided(_base_branches(params, graph, grid, batch), batch, program),
         tok_BT,
         keep_BT,
-        row_keys(batch.seed_B, batch.index_B),
+        noise_keys(batch.seed_B, batch.index_B),
         steps=program.steps,
         share=share,
         temperature=_temperature(batch, program.steps),
@@ -213,9 +212,6 @@ def paint_cascade(
     return low_KBT, high_KBT, decode_pixels(params[2], high_KBT[-1].reshape(-1, *grids[1]), graph=graphs[2])
 
 
-Branches = Callable[[Int[Array, 'BG T'], Int[Array, ' BG']], Float[Array, 'BG T V']]  # tokens, text lengths → logits
-
-
 def _base_branches(params: nnx.State, graph: nnx.GraphDef, grid: Grid, batch: Batch) -> Branches:
     base = _merged(graph, params)
     memory = base.memory(_rows(batch.txt_GBSD))
@@ -232,8 +228,7 @@ def _merged(graph: nnx.GraphDef, params: nnx.State) -> Any:
     """
     config = nnx.merge(graph, params).config
     model = nnx.merge(graph, cast_matrices(params, config.dtype))
-    on_gpu = platform() in ('gpu', 'cuda')
-    if on_gpu or config.unroll >= config.layers:
+    if platform() in GPUS or config.unroll >= config.layers:
         model.config = dataclasses.replace(config, remat='none')
         model.blocks = unstack(model.blocks, config.layers)
     if is_quantized(model.blocks):
@@ -287,7 +282,7 @@ def _guided(branch_logits: Branches, batch: Batch, program: Program) -> LogitsFn
         logits_RTV = branch_logits(jnp.repeat(tok_BT, branches, axis=0), _rows(batch.len_GB))
         if branches == 1:
             return logits_RTV
-        scale_B = scale_at(batch.guidance_B, progress, program.guidance_schedule, batch.interval)  # pyright: ignore[reportArgumentType]
+        scale_B = scale_at(batch.guidance_B, progress, program.guidance_schedule, batch.interval)
         logits_GBTV = jnp.swapaxes(logits_RTV.reshape(rows, branches, *logits_RTV.shape[1:]), 0, 1)
         return guided_logits(logits_GBTV, cfg_weights(scale_B))
 
@@ -323,7 +318,7 @@ def _fill(
         steps=program.steps,
         temperature=_temperature(batch, program.steps),
         choice_temperature=batch.choice_temperature,
-        schedule=program.schedule,  # pyright: ignore[reportArgumentType]
+        schedule=program.schedule,
         order_BT=order_BT,
         top_k=batch.top_k,
         top_p=batch.top_p,

@@ -7,14 +7,11 @@ weights. The branches run through the network as one batch.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from muse.config import GuidanceSchedule
 from muse.errors import UserError
-
-Schedule = Literal['constant', 'linear', 'cosine']
 
 
 def guided_logits(
@@ -34,7 +31,7 @@ def cfg_weights(scale_B: Float[Array, ' B']) -> Float[Array, '2 B']:
 def scale_at(
     scale_B: Float[Array, ' B'],
     progress: Float[Array, ''],
-    schedule: Schedule,
+    schedule: GuidanceSchedule,
     interval: tuple[float | Array, float | Array] = (0.0, 1.0),
 ) -> Float[Array, ' B']:
     """The guidance scale t at `progress` in [0, 1], which is 0 at the first decoding step and 1 at the last.

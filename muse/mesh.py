@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from muse.config import MeshConfig
 from muse.errors import UserError
-from muse.nn.layers import ROWS
+from muse.nn.devices import ROWS
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = P(ROWS)

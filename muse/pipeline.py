@@ -20,14 +20,13 @@ from muse.canvas import Canvas, Grid
 from muse.cascade import Cascade, Drawn, use_compilation_cache, veiled
 from muse.config import DecodeConfig, FreeEditConfig
 from muse.data.pictures import open_picture
-from muse.drawing import traces
 from muse.errors import UserError, warn
 from muse.nn.quantized import Precision, check_precision
 from muse.release.format import Release, load_release, shipped
-from muse.settings import Row, Settings, Superres
+from muse.settings import Row, Settings, SuperresDecoding
 from muse.text.tokenizer import clean
 
-__all__ = ['Drawn', 'Muse', 'Picture', 'Row', 'Settings', 'load', 'traces']
+__all__ = ['Drawn', 'Muse', 'Picture', 'Row', 'Settings', 'load']
 
 Picture = Image.Image | np.ndarray | str | Path
 
@@ -83,7 +82,7 @@ class Muse:
         temperature: float | None = None,
         size: tuple[int, int] | None = None,
         decoding: DecodeConfig | None = None,
-        superres: Superres = None,
+        superres: SuperresDecoding = None,
         batch_size: int = 8,
     ) -> list[Image.Image]:
         """Draws `num_images` pictures of each prompt.
@@ -123,9 +122,9 @@ class Muse:
         *,
         size: tuple[int, int] | None = None,
         decoding: DecodeConfig | None = None,
-        superres: Superres = None,
+        superres: SuperresDecoding = None,
     ) -> Settings:
-        """Checks the knobs of `generate` and fills in the release's defaults."""
+        """Checks the knobs of `generate` and fills in the release's defaults; raises UserError as that does."""
         given = {'steps': steps, 'guidance_scale': guidance_scale, 'temperature': temperature}
         base = knobs.override(decoding or self.release.decode, **given)
         draft = canvases.draft(self.release, size, base, superres)
@@ -225,8 +224,8 @@ class Muse:
         guidance_scale: float | None = None,
         temperature: float | None = None,
         decoding: DecodeConfig | None = None,
-        superres: Superres = None,
-        context: float = 2.0,
+        superres: SuperresDecoding = None,
+        context: float = knobs.CONTEXT,
     ) -> Image.Image:
         """Paints anew where the mask is white (128 or more), under a prompt (§3.3).
 
@@ -267,7 +266,7 @@ class Muse:
         guidance_scale: float | None = None,
         temperature: float | None = None,
         decoding: DecodeConfig | None = None,
-        superres: Superres = None,
+        superres: SuperresDecoding = None,
     ) -> Image.Image:
         """Grows a picture by so many pixels on its sides, painted under a prompt (§3.3).
 
@@ -275,6 +274,9 @@ class Muse:
 
         Returns:
             A picture of (left + width + right) × (top + height + bottom) that holds `image` bit for bit.
+
+        Raises:
+            UserError: as for `inpaint`; a side below 0, or more pixels than a picture may have.
         """
         from muse.editing.holes import outpaint
 
@@ -291,13 +293,11 @@ class Muse:
         negative_prompt: str | None = None,
         seed: int = 0,
         free: FreeEditConfig = FreeEditConfig(),  # noqa: B008  frozen
-        superres: Superres = None,
+        superres: SuperresDecoding = None,
     ) -> Image.Image:
         """Changes a picture towards a prompt without a mask (§3.3): see `edit_frames`, of which this is the last."""
-        at = [free.iterations]
-        return self.edit_frames(
-            image, prompt, at, negative_prompt=negative_prompt, seed=seed, free=free, superres=superres
-        )[0]
+        options = {'negative_prompt': negative_prompt, 'seed': seed, 'free': free, 'superres': superres}
+        return self.edit_frames(image, prompt, [free.iterations], **options)[0]
 
     def edit_frames(
         self,
@@ -308,7 +308,7 @@ class Muse:
         negative_prompt: str | None = None,
         seed: int = 0,
         free: FreeEditConfig = FreeEditConfig(),  # noqa: B008  frozen
-        superres: Superres = None,
+        superres: SuperresDecoding = None,
     ) -> list[Image.Image]:
         """Mask-free editing, and what it looks like on the way.
 
@@ -321,6 +321,9 @@ class Muse:
             at: iterations after which to look, 0 (the picture itself) … `free.iterations`.
             negative_prompt, seed, superres: as for `generate`.
             free: share, iterations, guidance and sampling.
+
+        Raises:
+            UserError: a setting or an iteration out of range, or arguments that are no picture or no text.
         """
         from muse.editing.whole import edit
 
@@ -340,11 +343,11 @@ class Muse:
         guidance_scale: float | None = None,
         temperature: float | None = None,
         decoding: DecodeConfig | None = None,
-        superres: Superres = None,
+        superres: SuperresDecoding = None,
     ) -> Image.Image:
         """Another picture like this one: a share `strength` of its tokens, chosen at random, is drawn anew.
 
-        0 returns the picture as it is, 1 draws a new one. Other arguments as for `inpaint`.
+        0 returns the picture as it is, 1 draws a new one. Other arguments, and errors, as for `inpaint`.
         """
         from muse.editing.whole import variation
 
@@ -358,6 +361,9 @@ class Muse:
 
         Args:
             high: with the super-res' tokenizer instead of the base's.
+
+        Raises:
+            UserError: other sides, no picture, or `high` without a super-res.
         """
         img_HWC, factor = pixels(image), self._tokenizer_config(high).factor
         height, width = img_HWC.shape[:2]
@@ -366,7 +372,11 @@ class Muse:
         return self.cascade.tokens(img_HWC, high=high)
 
     def decode(self, tokens: np.ndarray, *, high: bool = False) -> Image.Image:
-        """The picture of token ids `[rows, columns]` (0 … codebook − 1), of the tokenizer that `encode` took."""
+        """The picture of token ids `[rows, columns]` of the tokenizer that `encode` took.
+
+        Raises:
+            UserError: ids that are no integers from 0 to the codebook's last, or `high` without a super-res.
+        """
         tokens, codes = np.asarray(tokens), self._tokenizer_config(high).codebook_size
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f'tokens are {tokens.dtype} of shape {tokens.shape}; give integers [rows, columns]')
@@ -384,6 +394,6 @@ class Muse:
 
 def pixels(image: Picture) -> np.ndarray:
     """uint8 [height, width, 3] of a picture, upright and over white."""
-    if not isinstance(image, Image.Image | np.ndarray | str | Path):
+    if not isinstance(image, Picture):
         raise UserError(f'image is a {type(image).__name__}; give a PIL.Image, an array [height, width, 3] or a path')
     return open_picture(image)

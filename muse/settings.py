@@ -17,6 +17,8 @@ from muse.text.tokenizer import clean
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 10_000
 MAX_INT = 2**31 - 1  # of the programs' int32
+CONTEXT = 2.0  # size of an edit's window over that of its hole, unless another is asked for
+SuperresDecoding = DecodeConfig | Literal[False] | None  # None: the release's own; False: the base alone draws
 ConfigT = typing.TypeVar('ConfigT', DecodeConfig, FreeEditConfig)
 
 
@@ -195,6 +197,3 @@ def size(value: Any) -> tuple[int, int]:
 def fields(config: DecodeConfig) -> dict[str, Any]:
     """The fields of a config by name, without turning nested ones into dicts."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(DecodeConfig)}
-
-
-Superres = DecodeConfig | Literal[False] | None

@@ -24,6 +24,7 @@ ENVIRONMENT = os.environ | {
 DRIVER = """
 import contextlib, importlib, io, json, sys
 from absl.testing import flagsaver
+from muse.jobs.command_line import guarded, parse
 
 name, command_lines = json.load(sys.stdin)
 script, results = importlib.import_module(name), []
@@ -31,7 +32,7 @@ for args in command_lines:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            script.guarded(script.parse([name + '.py', *args]))
+            guarded(script.main)(parse([name + '.py', *args]))
         except SystemExit as stop:
             code = stop.code
     results.append([code, out.getvalue(), err.getvalue()])

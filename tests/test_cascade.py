@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 import muse
 from muse.canvas import windows
 from muse.config import DecodeConfig
-from muse.drawing import _superres_branches, batch_of
+from muse.drawing import _superres_branches, batch_of, traces
 from muse.errors import UserError
-from muse.pipeline import Row, traces
+from muse.pipeline import Row
 
 ROWS = [
     Row(prompt='a red apple', seed=3, index=1),

@@ -12,9 +12,9 @@ from muse.decode import (
     halton_order,
     lowest,
     masked_counts,
+    noise_keys,
     random_order,
     resample_steps,
-    row_keys,
     sample_tokens,
 )
 from muse.errors import UserError
@@ -89,7 +89,7 @@ def test_known_tokens_are_immune_and_nothing_stays_masked(dtype, steps):
     canvas_BT = jax.random.randint(key, (5, 24), 0, V)
     keep_BT = jax.random.uniform(key, (5, 24)) < jnp.array([0.0, 0.3, 0.7, 0.96, 1.0])[:, None]
     logits_fn = lambda tok, progress: table_logits(tok, progress).astype(dtype)  # noqa: E731
-    out_BT = decode(logits_fn, canvas_BT, keep_BT, row_keys(0, jnp.arange(5)), steps=steps)
+    out_BT = decode(logits_fn, canvas_BT, keep_BT, noise_keys(0, jnp.arange(5)), steps=steps)
     assert (np.asarray(out_BT)[np.asarray(keep_BT)] == np.asarray(canvas_BT)[np.asarray(keep_BT)]).all()
     assert (np.asarray(out_BT) < V).all() and (np.asarray(out_BT) >= 0).all()
 
@@ -98,7 +98,7 @@ def test_what_lies_under_unknown_tokens_does_not_matter():
     keep_BT = jnp.arange(24)[None] < 8
     canvas_BT = jax.random.randint(jax.random.key(0), (1, 24), 0, V)
     other_BT = jnp.where(keep_BT, canvas_BT, (canvas_BT + 5) % V)
-    run = jax.jit(lambda canvas: decode(table_logits, canvas, keep_BT, row_keys(1, jnp.arange(1)), steps=6))
+    run = jax.jit(lambda canvas: decode(table_logits, canvas, keep_BT, noise_keys(1, jnp.arange(1)), steps=6))
     assert (run(canvas_BT) == run(other_BT)).all()
 
 
@@ -106,14 +106,14 @@ def test_one_step_samples_each_token_from_the_softmax():
     logits_TV = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]]))
     logits_fn = lambda tok, progress: jnp.broadcast_to(logits_TV, (*tok.shape, 3))  # noqa: E731
     blank = jnp.zeros((20_000, 2), jnp.int32)
-    out = decode(logits_fn, blank, blank > 0, row_keys(5, jnp.arange(20_000)), steps=1)
+    out = decode(logits_fn, blank, blank > 0, noise_keys(5, jnp.arange(20_000)), steps=1)
     shares = np.stack([np.bincount(np.asarray(out)[:, t], minlength=3) / 20_000 for t in range(2)])
     np.testing.assert_allclose(shares, np.exp(logits_TV), atol=0.011)  # 3 standard errors
 
 
 def test_temperature_zero_is_greedy():
     logits = jax.random.normal(jax.random.key(0), (2, 7, V))
-    tok, log_prob = sample_tokens(row_keys(0, jnp.arange(2)), logits, 0.0)
+    tok, log_prob = sample_tokens(noise_keys(0, jnp.arange(2)), logits, 0.0)
     assert (tok == logits.argmax(-1)).all()
     np.testing.assert_allclose(log_prob, jax.nn.log_softmax(logits).max(-1), rtol=1e-5)
 
@@ -123,7 +123,7 @@ def test_bf16_logits_are_sampled_with_float32_noise():
     ranks = jnp.arange(8192)
     logits_V = (-0.9 * jnp.log1p(ranks.astype(jnp.float32) / 8)).astype(jnp.bfloat16)
     exact = np.asarray(jax.nn.softmax(logits_V.astype(jnp.float32))[:16].sum())
-    draws = sample_tokens(row_keys(7, jnp.arange(4)), jnp.broadcast_to(logits_V, (4, 250, 8192)), 1.0)[0]
+    draws = sample_tokens(noise_keys(7, jnp.arange(4)), jnp.broadcast_to(logits_V, (4, 250, 8192)), 1.0)[0]
     found = np.mean(np.asarray(draws) < 16)
     assert abs(found - exact) < 4 * np.sqrt(exact * (1 - exact) / 1000)
 
@@ -131,19 +131,19 @@ def test_bf16_logits_are_sampled_with_float32_noise():
 def test_noise_depends_on_seed_index_and_step_alone():
     blank = jnp.zeros((6, 24), jnp.int32)
     run = jax.jit(lambda keys, canvas: decode(table_logits, canvas, canvas > 0, keys, steps=5))
-    keys = row_keys(9, jnp.arange(6))
+    keys = noise_keys(9, jnp.arange(6))
     whole = np.asarray(run(keys, blank))
     alone = np.concatenate([np.asarray(run(keys[i : i + 1], blank[:1])) for i in range(6)])
     shuffled = np.asarray(run(keys[::-1], blank))[::-1]
     assert (whole == alone).all() and (whole == shuffled).all()
     assert len({row.tobytes() for row in whole}) == 6
-    assert (np.asarray(run(row_keys(10, jnp.arange(6)), blank)) != whole).any(1).all()
+    assert (np.asarray(run(noise_keys(10, jnp.arange(6)), blank)) != whole).any(1).all()
 
 
 def test_a_seed_a_row_equals_runs_of_their_own():
-    keys = row_keys(jnp.array([4, 9]), jnp.array([2, 0]))
-    assert (jax.random.key_data(keys)[0] == jax.random.key_data(row_keys(4, jnp.array([2])))[0]).all()
-    assert (jax.random.key_data(keys)[1] == jax.random.key_data(row_keys(9, jnp.array([0])))[0]).all()
+    keys = noise_keys(jnp.array([4, 9]), jnp.array([2, 0]))
+    assert (jax.random.key_data(keys)[0] == jax.random.key_data(noise_keys(4, jnp.array([2])))[0]).all()
+    assert (jax.random.key_data(keys)[1] == jax.random.key_data(noise_keys(9, jnp.array([0])))[0]).all()
 
 
 def test_progress_runs_from_zero_to_one_and_is_one_for_a_single_step():
@@ -151,7 +151,7 @@ def test_progress_runs_from_zero_to_one_and_is_one_for_a_single_step():
         values = []
         logits_fn = lambda tok, p: (jax.debug.callback(lambda v: values.append(float(v)), p), table_logits(tok, p))[1]  # noqa: E731
         blank = jnp.zeros((1, 24), jnp.int32)
-        decode(logits_fn, blank, blank > 0, row_keys(0, jnp.arange(1)), steps=steps).block_until_ready()
+        decode(logits_fn, blank, blank > 0, noise_keys(0, jnp.arange(1)), steps=steps).block_until_ready()
         jax.effects_barrier()
         return sorted(values)
 
@@ -162,7 +162,7 @@ def test_progress_runs_from_zero_to_one_and_is_one_for_a_single_step():
 def test_zero_steps_are_refused():
     blank = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(UserError, match='steps is 0'):
-        decode(table_logits, blank, blank > 0, row_keys(0, jnp.arange(1)), steps=0)
+        decode(table_logits, blank, blank > 0, noise_keys(0, jnp.arange(1)), steps=0)
 
 
 # The whole of what the promises say, over all lengths, steps and dtypes: a sample of it runs with every change.
@@ -191,7 +191,7 @@ def check_promises(data, longest):
             logits_fn,
             jnp.asarray(canvas),
             jnp.asarray(keep),
-            row_keys(jnp.asarray(rng.integers(0, 2**32, len(shares), np.uint32)), jnp.arange(len(shares))),
+            noise_keys(jnp.asarray(rng.integers(0, 2**32, len(shares), np.uint32)), jnp.arange(len(shares))),
             steps=steps,
             temperature=float(rng.choice([0.0, 1.0, 5.0])),
             choice_temperature=float(rng.choice([0.0, 4.5])),
@@ -263,7 +263,7 @@ def test_a_fixed_order_is_followed_whatever_the_confidence():
     blank = jnp.zeros((2, 24), jnp.int32)
     order_BT = jnp.asarray(np.stack([np.random.default_rng(i).permutation(24) for i in range(2)]), jnp.float32)
     canvas_KBT = np.asarray(
-        decode_steps(table_logits, blank, blank > 0, row_keys(0, jnp.arange(2)), steps=5, order_BT=order_BT)
+        decode_steps(table_logits, blank, blank > 0, noise_keys(0, jnp.arange(2)), steps=5, order_BT=order_BT)
     )
     for canvas_BT in canvas_KBT:
         known = canvas_BT != V
@@ -271,9 +271,9 @@ def test_a_fixed_order_is_followed_whatever_the_confidence():
 
 
 def test_random_orders_are_permutations_of_each_rows_own():
-    order = np.asarray(random_order(row_keys(3, jnp.arange(4)), 50)).argsort(1)
+    order = np.asarray(random_order(noise_keys(3, jnp.arange(4)), 50)).argsort(1)
     assert (np.sort(order, 1) == np.arange(50)).all() and len({row.tobytes() for row in order}) == 4
-    again = np.asarray(random_order(row_keys(3, jnp.arange(2, 3)), 50)).argsort(1)
+    again = np.asarray(random_order(noise_keys(3, jnp.arange(2, 3)), 50)).argsort(1)
     assert (again[0] == order[2]).all()
 
 
@@ -281,7 +281,7 @@ def test_random_orders_are_permutations_of_each_rows_own():
 def test_top_k_draws_among_the_k_most_likely(k):
     logits = jax.random.normal(jax.random.key(0), (1, 4, V)) * 0.3
     many = jnp.broadcast_to(logits, (3000, 4, V))
-    tok = np.asarray(sample(row_keys(0, jnp.arange(3000)), many, 1.0, top_k=jnp.int32(k))[0])
+    tok = np.asarray(sample(noise_keys(0, jnp.arange(3000)), many, 1.0, top_k=jnp.int32(k))[0])
     for t in range(4):
         best = np.argsort(-np.asarray(logits[0, t]))[:k]
         kept = np.exp(np.asarray(logits[0, t, best]))
@@ -294,7 +294,7 @@ def test_top_k_draws_among_the_k_most_likely(k):
 def test_top_p_draws_among_the_fewest_codes_with_that_share(top_p, kept):
     shares = jnp.array([0.05, 0.5, 0.15, 0.3 - 1e-3, 1e-3])
     logits = jnp.broadcast_to(jnp.log(shares), (4000, 1, 5))
-    found = np.asarray(sample(row_keys(1, jnp.arange(4000)), logits, 1.0, top_p=jnp.float32(top_p))[0])
+    found = np.asarray(sample(noise_keys(1, jnp.arange(4000)), logits, 1.0, top_p=jnp.float32(top_p))[0])
     best = np.argsort(-np.asarray(shares))[:kept]
     assert set(found.ravel()) <= set(best.tolist())
     expected = np.asarray(shares)[best] / np.asarray(shares)[best].sum()
@@ -303,7 +303,7 @@ def test_top_p_draws_among_the_fewest_codes_with_that_share(top_p, kept):
 
 def test_top_p_reads_the_distribution_at_its_temperature():
     logits = jnp.broadcast_to(jnp.log(jnp.array([0.5, 0.3, 0.2])), (500, 1, 3))
-    draw = lambda t: np.unique(sample(row_keys(1, jnp.arange(500)), logits, t, top_p=jnp.float32(0.6))[0])  # noqa: E731
+    draw = lambda t: np.unique(sample(noise_keys(1, jnp.arange(500)), logits, t, top_p=jnp.float32(0.6))[0])  # noqa: E731
     assert draw(1.0).tolist() == [0, 1] and draw(0.2).tolist() == [0] and draw(50.0).tolist() == [0, 1]
 
 
@@ -311,7 +311,7 @@ def test_top_p_reads_the_distribution_at_its_temperature():
 def test_top_k_keeps_exactly_k_of_values_of_either_sign(dtype):
     logits = jnp.asarray(np.random.default_rng(0).permutation(np.arange(-100, 101)), dtype)[None, None]
     noisy = jnp.broadcast_to(logits * 1e-3, (4000, 1, 201))
-    found = np.asarray(sample(row_keys(2, jnp.arange(4000)), noisy, 1.0, top_k=jnp.int32(7))[0])
+    found = np.asarray(sample(noise_keys(2, jnp.arange(4000)), noisy, 1.0, top_k=jnp.int32(7))[0])
     assert set(found.ravel()) == set(np.argsort(-np.asarray(logits[0, 0], np.float32))[:7].tolist())
 
 
@@ -321,7 +321,7 @@ def test_a_temperature_a_row_and_a_step():
     flat = lambda tok, progress: jnp.zeros((*tok.shape, V)).at[..., 4].set(1.0)  # noqa: E731
     temperature_KB = jnp.array([[0.0, 9.0], [0.0, 0.0]])
     canvas_KBT = np.asarray(
-        decode_steps(flat, blank, blank > 0, row_keys(0, jnp.arange(2)), steps=2, temperature=temperature_KB)
+        decode_steps(flat, blank, blank > 0, noise_keys(0, jnp.arange(2)), steps=2, temperature=temperature_KB)
     )
     assert (canvas_KBT[1, 0] == 4).all()
     first = canvas_KBT[0, 1] != V
@@ -344,7 +344,7 @@ def check_resampling(length, steps, share, seed):
         return table_logits(tok_BT, progress)
 
     canvas_KBT = resample_steps(
-        logits_fn, jnp.asarray(canvas), jnp.asarray(keep), row_keys(seed, jnp.arange(2)), steps=steps, share=share
+        logits_fn, jnp.asarray(canvas), jnp.asarray(keep), noise_keys(seed, jnp.arange(2)), steps=steps, share=share
     )
     canvas_KBT = np.asarray(canvas_KBT)
     jax.effects_barrier()
@@ -361,6 +361,6 @@ def check_resampling(length, steps, share, seed):
 def test_resampling_visits_other_tokens_each_step():
     blank = jnp.zeros((1, 64), jnp.int32)
     hot = lambda tok, progress: jnp.zeros((*tok.shape, V)) + progress  # noqa: E731
-    run = jax.jit(lambda: resample_steps(hot, blank, blank > 0, row_keys(0, jnp.arange(1)), steps=100, share=0.08))
+    run = jax.jit(lambda: resample_steps(hot, blank, blank > 0, noise_keys(0, jnp.arange(1)), steps=100, share=0.08))
     canvas_KBT = run()
     assert (np.asarray(canvas_KBT[-1]) != 0).mean() > 0.75  # each was drawn 8 times over; 1 in 11 falls on code 0

@@ -62,7 +62,7 @@ SAID = [
     'does not exist',
     'cannot be used',
     'no edit',
-    'several edits (mask, box)',
+    'several edits are named (mask, box)',
     'within 40×32',
     '8×8, the picture',
 ]
@@ -73,7 +73,7 @@ SAID += [
     'variation is 1.5',
     'no prompt',
     'free is',
-    'names no image',
+    'no image is named',
     'does not exist',
 ]
 SAID += ['within 40×32', 'an upscale reads no steps']
@@ -86,12 +86,12 @@ def wrong_cases(pictures, release_folder, folder):
     model, out, image = f'--model={release_folder}', f'--out={folder / "none"}', f'--image={pictures / "photo.png"}'
     prompt = '--prompt=a cat'
     cases = [
-        ([], 'names no image'),
-        ([image], 'names no edit'),
+        ([], 'no image is named'),
+        ([image], 'no edit is named'),
         ([image, '--box=0,0,4,4'], 'no prompt'),
         ([image, prompt, '--box=0,0,4'], 'x0,y0,x1,y1'),
         ([image, prompt, '--box=4,0,4,4'], 'x0 < x1'),
-        ([image, prompt, '--box=0,0,4,4', '--free'], 'several edits (box, free)'),
+        ([image, prompt, '--box=0,0,4,4', '--free'], 'several edits are named (box, free)'),
         ([image, prompt, '--outpaint=left'], 'left=128,right=64'),
         ([image, prompt, '--outpaint=left=-3'], 'left is -3'),
         ([image, prompt, '--outpaint=left=1,left=2'], 'twice'),
@@ -107,7 +107,7 @@ def wrong_cases(pictures, release_folder, folder):
         ([image, prompt, f'--mask={pictures / "small_mask.png"}'], '8×8, the picture 40×32'),
         ([image, prompt, f'--mask={folder}'], 'does not exist'),
         ([f'--image={folder / "none.png"}', '--variation=1'], 'none.png'),
-        ([f'--jobs={folder / "bad.jsonl"}'], 'line 1: it names no image'),
+        ([f'--jobs={folder / "bad.jsonl"}'], 'line 1: no image is named'),
         ([f'--jobs={folder / "jobs.txt"}'], "ends in '.txt'"),
         ([f'--jobs={folder / "bad.jsonl"}', image], '--image is given beside --jobs'),
         ([image, '--variation=1', '--steps=0'], 'steps is 0'),

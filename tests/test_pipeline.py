@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import muse
+from muse.drawing import traces
 from muse.errors import InputWarning, UserError
-from muse.pipeline import traces
 
 PROMPTS = ['a red apple', 'two green dogs on the moon', 'star']
 

@@ -111,8 +111,14 @@ def test_make_targets_exist():
 
 def test_help_of_the_scripts_works():
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-    for script in ('sample.py', 'tools/precompute.py'):
+    shared = ['--out', '--seed', '--order', '--[no]overwrite', '--superres_steps']  # of muse/jobs/command_line.py
+    said = {
+        'sample.py': ['--batch_size', *shared],
+        'edit.py': ['--mask', *shared],
+        'tools/precompute.py': ['--batch_size'],
+    }
+    for script, names in said.items():
         done = subprocess.run(
             [sys.executable, script, '--help'], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
-        assert '--batch_size' in done.stdout, done.stderr
+        assert all(f'\n  {name}: ' in done.stdout for name in names), done.stdout + done.stderr

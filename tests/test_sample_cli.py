@@ -276,7 +276,8 @@ import sys, jax
 address, process, *args = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(process))
 import sample
-sample.guarded(sample.parse(['sample.py', *args]))
+from muse.jobs.command_line import guarded, parse
+guarded(sample.main)(parse(['sample.py', *args]))
 """
 
 

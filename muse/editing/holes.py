@@ -25,6 +25,8 @@ from muse.settings import context as checked_context
 if TYPE_CHECKING:
     from muse.pipeline import Muse
 
+SIDES = ('left', 'top', 'right', 'bottom')
+
 
 def inpaint(
     model: Muse,
@@ -63,9 +65,7 @@ def outpaint(
 
 def outpainted(size: tuple[int, int], sides: Sequence[int]) -> tuple[int, int]:
     """Width and height of a picture with so many new pixels to its left, top, right and bottom."""
-    left, top, right, bottom = (
-        count(name, n, 0) for name, n in zip(('left', 'top', 'right', 'bottom'), sides, strict=True)
-    )
+    left, top, right, bottom = (count(name, n, 0) for name, n in zip(SIDES, sides, strict=True))
     larger = size[0] + left + right, size[1] + top + bottom
     if max(larger) > MAX_SIDE or larger[0] * larger[1] > MAX_PIXELS:
         limits = f'{MAX_SIDE} pixels a side and {MAX_PIXELS // 1_000_000} million in all'

@@ -13,7 +13,7 @@ from PIL import Image
 from muse.data.pictures import open_picture
 from muse.errors import UserError
 from muse.jobs import extras
-from muse.jobs.edits import COLUMNS, SIDES, Edit, Editing, EditKnobs, before, hole, make_item, read_edit
+from muse.jobs.edits import COLUMNS, Edit, Editing, EditKnobs, before, hole, make_item, read_edit
 from muse.jobs.plan import Item, Names
 from muse.jobs.rows import Reject, Table, read_table
 from muse.jobs.run import Report, open_store, picture_files, png, refuse_all, run, say_rejects
@@ -98,18 +98,17 @@ def _edited(model: Muse, edit: Edit, knobs: EditKnobs, job: EditJob) -> list[Ima
     """The strip's pictures; the last is the result."""
     img_HWC = open_picture(edit.image)
     arguments, prompt = knobs.drawn(edit), edit.prompt
-    few = {name: arguments[name] for name in ('negative_prompt', 'seed', 'superres')}
     match edit.kind:
         case 'mask' | 'box':
             hole_HW = hole(edit, (img_HWC.shape[1], img_HWC.shape[0]))
             after = [model.inpaint(img_HWC, hole_HW, prompt, context=knobs.context, **arguments)]
         case 'outpaint':
-            after = [model.outpaint(img_HWC, prompt, **{side: edit.how.get(side, 0) for side in SIDES}, **arguments)]
+            after = [model.outpaint(img_HWC, prompt, **edit.how, **arguments)]
         case 'variation':
             after = [model.variation(img_HWC, prompt, strength=edit.how, **arguments)]
         case 'upscale':
-            after = [model.upscale(img_HWC, prompt, **few)]
+            after = [model.upscale(img_HWC, prompt, **knobs.few(edit))]
         case 'free':
             free = knobs.free_config(edit)
-            after = model.edit_frames(img_HWC, prompt, [*job.frames, free.iterations], free=free, **few)
+            after = model.edit_frames(img_HWC, prompt, [*job.frames, free.iterations], free=free, **knobs.few(edit))
     return [*before(edit, np.asarray(img_HWC)), *after]

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -24,13 +24,12 @@ from muse.jobs.run import identity
 from muse.jobs.sampling import Knobs
 from muse.pipeline import Muse
 
-KINDS = ('mask', 'box', 'outpaint', 'free', 'variation', 'upscale')  # of which a row has exactly one
-OWN = ('seed', 'steps', 'guidance_scale', 'temperature', 'negative_prompt')  # knobs that a row may set
-COLUMNS = ('image', *KINDS, 'prompt', 'id', *OWN)
-SIDES = ('left', 'top', 'right', 'bottom')
-_TRUE, _FALSE = ('true', 'yes', '1'), ('false', 'no', '0')
-
 Kind = Literal['mask', 'box', 'outpaint', 'free', 'variation', 'upscale']
+KINDS = get_args(Kind)  # of which a row has exactly one
+OWN = ('seed', 'steps', 'guidance_scale', 'temperature', 'negative_prompt')  # knobs that a row may set
+_FEW = ('seed', 'negative_prompt', 'superres')  # the settings that a free edit and an upscale read
+COLUMNS = ('image', *KINDS, 'prompt', 'id', *OWN)
+_TRUE, _FALSE = ('true', 'yes', '1'), ('false', 'no', '0')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,11 @@ class EditKnobs:
         arguments = {'seed': self.drawing.seed, 'negative_prompt': self.drawing.negative_prompt}
         return {**arguments, 'decoding': self.drawing.decoding, 'superres': self.drawing.superres, **edit.own}
 
+    def few(self, edit: Edit) -> dict[str, Any]:
+        """Those of them that a free edit and an upscale take."""
+        arguments = self.drawn(edit)
+        return {name: arguments[name] for name in _FEW}
+
     def free_config(self, edit: Edit) -> FreeEditConfig:
         """The settings of a mask-free edit."""
         own = {name: edit.own.get(name, self.given.get(name)) for name in ('guidance_scale', 'temperature')}
@@ -70,14 +74,14 @@ class EditKnobs:
 def read_edit(place: int, line: int, values: Mapping[str, Any], folder: Path) -> Edit:
     """A row out of the columns of a file; paths start at `folder`. Raises UserError for what is no edit."""
     if 'image' not in values:
-        raise UserError('it names no image: give the path of a picture')
+        raise UserError('no image is named: give the path of a picture')
     kinds = [kind for kind in KINDS if kind in values and not _is_off(kind, values[kind])]
     if len(kinds) != 1:
-        many = f'several edits ({", ".join(kinds)})' if kinds else 'no edit'
-        raise UserError(f'it names {many}: give one of {", ".join(KINDS)}')
+        many = f'several edits are named ({", ".join(kinds)})' if kinds else 'no edit is named'
+        raise UserError(f'{many}: give one of {", ".join(KINDS)}')
     [kind] = kinds
     if 'prompt' not in values and kind not in ('variation', 'upscale'):
-        raise UserError('it has no prompt: say what the new picture shows')
+        raise UserError('no prompt is given: say what the new picture shows')
     for name in ('steps', 'guidance_scale', 'temperature') if kind == 'upscale' else ():
         if name in values:
             raise UserError(f'an upscale reads no {name}: leave it out')
@@ -122,8 +126,8 @@ def _sides(value: Any) -> dict[str, int]:
         value = {name.strip(): pixels for name, _, pixels in pairs}
         if len(value) < len(pairs):
             raise UserError('outpaint names a side twice: write it as left=128,right=64')
-    if not isinstance(value, dict) or not value or set(value) - set(SIDES):
-        raise UserError(f'outpaint is {value!r}; write it as left=128,right=64 (sides: {", ".join(SIDES)})')
+    if not isinstance(value, dict) or not value or set(value) - set(holes.SIDES):
+        raise UserError(f'outpaint is {value!r}; write it as left=128,right=64 (sides: {", ".join(holes.SIDES)})')
     return {name: knobs.count(name, rows.integer(name, pixels), 0) for name, pixels in value.items()}
 
 
@@ -157,13 +161,11 @@ def make_item(model: Muse, edit: Edit, shared: EditKnobs, names: Names) -> Item:
 
 def _checked(model: Muse, edit: Edit, shared: EditKnobs, size: tuple[int, int]) -> dict[str, Any]:
     """What is written of the settings that this kind of edit reads, all checked."""
-    arguments = shared.drawn(edit)
-    free = shared.free_config(edit) if edit.kind == 'free' else None
     if edit.kind in ('free', 'upscale'):
-        arguments = {name: arguments[name] for name in ('seed', 'negative_prompt', 'superres')}
-    settings = dataclasses.asdict(model.settings(**arguments))
-    if edit.kind in ('free', 'upscale'):
-        settings = {name: settings[name] for name in ('seed', 'negative_prompt', 'superres')}
+        settings = dataclasses.asdict(model.settings(**shared.few(edit)))
+        settings = {name: settings[name] for name in _FEW}
+    else:
+        settings = dataclasses.asdict(model.settings(**shared.drawn(edit)))
     match edit.kind:
         case 'mask':
             regions.open_mask(edit.how, size)
@@ -172,10 +174,9 @@ def _checked(model: Muse, edit: Edit, shared: EditKnobs, size: tuple[int, int]) 
             _check_box(edit.how, size)
             return {**settings, 'context': knobs.context(shared.context)}
         case 'outpaint':
-            holes.outpainted(size, [edit.how.get(side, 0) for side in SIDES])
+            holes.outpainted(size, [edit.how.get(side, 0) for side in holes.SIDES])
         case 'free':
-            assert free is not None
-            return {**settings, 'free': dataclasses.asdict(free)}
+            return {**settings, 'free': dataclasses.asdict(shared.free_config(edit))}
         case 'upscale':
             model.need_superres()
             whole.upscaled(model, size)
@@ -211,7 +212,7 @@ def before(edit: Edit, img_HWC: np.ndarray) -> list[Image.Image]:
         veiled_HWC = np.where(hole(edit, size)[..., None], np.uint8(128), img_HWC)
         return [picture, Image.fromarray(veiled_HWC)]
     if edit.kind == 'outpaint':
-        sides = [edit.how.get(side, 0) for side in SIDES]
+        sides = [edit.how.get(side, 0) for side in holes.SIDES]
         larger = Image.new('RGB', holes.outpainted(size, sides), (128, 128, 128))
         larger.paste(picture, (sides[0], sides[1]))
         return [larger]

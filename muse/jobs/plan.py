@@ -41,10 +41,11 @@ class Plan(Protocol):
         ...
 
 
-def all_items(plan: Plan) -> Iterator[Item]:
-    """Every picture of a job, in the order of drawing."""
+def all_items(plan: Plan) -> Iterator[tuple[int, Item]]:
+    """Every picture of a job with its unit, in the order of drawing."""
     for unit in range(len(plan)):
-        yield from plan.items(unit)
+        for item in plan.items(unit):
+            yield unit, item
 
 
 def share(units: int, process: int, count: int) -> range:

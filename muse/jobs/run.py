@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from muse.errors import UserError
-from muse.jobs.plan import Item, Plan, share
+from muse.jobs.plan import Item, Plan, all_items, share
 from muse.jobs.rows import Reject, warn_of_rejects
 from muse.jobs.stores import ABOUT, PICTURE, Files, Folder, Place, Shards, Store, open_folder
 
@@ -149,7 +149,7 @@ def _lines_of_others(plan: Plan, store: Store) -> list[tuple[Path, bytes]]:
     path = store.place.folder / MANIFEST
     if not path.exists():
         return []
-    own = {_key(store.names(unit, item)) for unit in range(len(plan)) for item in plan.items(unit)}
+    own = {_key(store.names(unit, item)) for unit, item in all_items(plan)}
     own_shards = {shard for shard, _ in own if shard}
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
@@ -174,10 +174,9 @@ def write_manifest(plan: Plan, store: Store, others: Sequence[bytes]) -> None:
     """
     with store.place.writing(MANIFEST) as stream:
         stream.writelines(others)
-        for unit in range(len(plan)):
-            for item in plan.items(unit):
-                line = store.names(unit, item) | item.about
-                stream.write((json.dumps(line, ensure_ascii=False) + '\n').encode())
+        for unit, item in all_items(plan):
+            line = store.names(unit, item) | item.about
+            stream.write((json.dumps(line, ensure_ascii=False) + '\n').encode())
 
 
 def write_rejects(place: Place, rejects: Sequence[Reject]) -> Path:

@@ -14,13 +14,13 @@ from PIL import Image
 from muse.config import DecodeConfig
 from muse.errors import UserError
 from muse.jobs import extras
-from muse.jobs.plan import Item
+from muse.jobs.plan import Item, all_items
 from muse.jobs.prompts import COLUMNS, Drawing, Prompt, Size, make_plan, read_prompt
 from muse.jobs.rows import Reject, Table, read_table
 from muse.jobs.run import Report, identity, open_store, picture_files, png, refuse_all, run, say_rejects
 from muse.jobs.stores import ABOUT, GIF, PICTURE, TOKENS, Files, Store
 from muse.pipeline import Drawn, Muse
-from muse.settings import Settings, Superres, count
+from muse.settings import Settings, SuperresDecoding, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Knobs:
     """How to draw: what `Muse.settings` takes."""
 
     decoding: DecodeConfig
-    superres: Superres
+    superres: SuperresDecoding
     seed: int
     negative_prompt: str | None
     size: Size | None
@@ -137,7 +137,7 @@ def _plan(
 
 def _write_grid(plan: Drawing, store: Store, job: Job, shared: dict[str, Any]) -> None:
     """grid.png of all pictures, read back from where they were written, in the order of drawing."""
-    places = [(unit, item) for unit in range(len(plan)) for item in plan.items(unit)]
+    places = list(all_items(plan))
     pictures = (Image.open(io.BytesIO(store.picture(unit, item))) for unit, item in places)
     columns = job.num_images if job.num_images > 1 else max(min(len(places), 4), round(math.sqrt(len(places))))
     captions = [item.about['prompt'] for _, item in places]

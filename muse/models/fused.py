@@ -8,7 +8,6 @@ computes what `muse.models.transformer.Block` does, for the base and for the sup
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +103,7 @@ class FusedBlock(nnx.Module):
         return _added(stream, y_MF, self.block.mlp.down)
 
 
-def _attended(own: SelfAttention | MultiAxisAttention, q: Array, k: Array, v: Array) -> Float[Array, 'B T N H']:
+def _attended(own: SelfAttention, q: Array, k: Array, v: Array) -> Float[Array, 'B T N H']:
     """`own.attend`."""
     scale = own.head_dim**-0.5
     if isinstance(own, MultiAxisAttention):
@@ -125,9 +124,7 @@ def _read_from(
     return cross.attend(q_BTNH, keys_values, lengths_B)
 
 
-def _takes(
-    attention: SelfAttention | MultiAxisAttention | CrossAttention, fits: bool, q_BTNH: Array, keys: int
-) -> bool:
+def _takes(attention: SelfAttention | CrossAttention, fits: bool, q_BTNH: Array, keys: int) -> bool:
     """Whether the own kernel is used: the config leaves the choice open, and shapes fit."""
     if attention.backend not in ('auto', 'fused'):
         return False
@@ -153,14 +150,9 @@ class FusedLayers(nnx.Module):
     def __init__(self, blocks: Sequence[Block]):
         self.blocks = nnx.List([FusedBlock(block) for block in blocks])
 
-    @property
-    def cross_attention(self) -> SimpleNamespace:
-        """What makes the memory of each layer."""
-        return SimpleNamespace(
-            keys_values=lambda memory_BSD: [
-                fused.block.cross_attention.keys_values(memory_BSD) for fused in self.blocks
-            ]
-        )
+    def keys_values(self, memory_BSD: Float[Array, 'B S1 D']) -> list[KeysValues]:
+        """What each layer reads."""
+        return [fused.block.keys_values(memory_BSD) for fused in self.blocks]
 
     def __call__(
         self, x_RTD: Float[Array, 'R T D'], keys_values: Sequence[KeysValues], lengths_B: Int[Array, ' B']

@@ -1,9 +1,9 @@
 """The VQGAN that others published (Esser et al. 2021; as in latent diffusion, MoVQ and diffusers' VQModel).
 
-The same surface as `muse.models.vqgan.VQGAN`, so that it can stand in its place; the paper's own tokenizer (§2.2) is
-that one. What differs, since published weights were trained with it: groups of a fixed number, attention in the middle
-and at chosen levels, 1x1 convolutions on both sides of the codebook, one more block a level in the decoder, and in MoVQ
-(Zheng et al. 2022) decoder norms that the codes scale and shift.
+It can stand in the place of `muse.models.vqgan.VQGAN`, the paper's own tokenizer (§2.2). What differs, since published
+weights were trained with it: groups of a fixed number, attention in the middle and at chosen levels, 1x1 convolutions
+on both sides of the codebook, one more block a level in the decoder, and in MoVQ (Zheng et al. 2022) decoder norms that
+the codes scale and shift.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from muse.config import PublicVQConfig
-from muse.errors import UserError
-from muse.models import quantize
-from muse.models.vqgan import Conv, Reconstruction
+from muse.models.quantizers import Learned
+from muse.models.vqgan import Conv, VQTokenizer, enlarge
 from muse.nn.layers import param
 
 _EPSILON = 1e-6
@@ -42,7 +41,7 @@ class Norm(nnx.Module):
             return y_BHWC
         assert codes_BhwE is not None
         times = x_BHWC.shape[1] // codes_BhwE.shape[1]
-        return y_BHWC * _enlarge(self.gain(codes_BhwE), times) + _enlarge(self.shift(codes_BhwE), times)
+        return y_BHWC * enlarge(self.gain(codes_BhwE), times) + enlarge(self.shift(codes_BhwE), times)
 
 
 class Block(nnx.Module):
@@ -179,69 +178,24 @@ class Decoder(nnx.Module):
         x_BHWC = self.middle(self.conv_in(z_BhwZ), codes_BhwE)
         for level in self.levels:
             x_BHWC = level(x_BHWC, codes_BhwE)
-            x_BHWC = x_BHWC if level.resize is None else level.resize(_enlarge(x_BHWC, 2))
+            x_BHWC = x_BHWC if level.resize is None else level.resize(enlarge(x_BHWC, 2))
         return self.conv_out(jax.nn.silu(self.norm_out(x_BHWC, codes_BhwE)))
 
 
-class PublicVQGAN(nnx.Module):
-    """Encoder, codebook, decoder. Pixels are floats in [-1, 1]; both sides must be multiples of `config.factor`."""
+class PublicVQGAN(VQTokenizer):
+    """Encoder, codebook, decoder, and the 1x1 convolutions on both sides of the codebook."""
 
     def __init__(self, config: PublicVQConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.quantizer = Learned(l2_normalize=False)
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = Conv(config.latent_dim, config.code_dim, 1, rngs=rngs)
         self.codebook = param(nnx.initializers.normal(1.0), rngs, (config.codebook_size, config.code_dim), (None, None))
         self.post_quant_conv = Conv(config.code_dim, config.latent_dim, 1, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def codes(self) -> Float[Array, 'V E']:
-        """The codebook, float32."""
-        return self.codebook[...]
+    def _run_encoder(self, x_BHWC: Float[Array, 'B H W 3']) -> Float[Array, 'B h w E']:
+        return self.quant_conv(self.encoder(x_BHWC))
 
-    def latents(self, img_BHWC: Float[Array, 'B H W 3']) -> Float[Array, 'B h w E']:
-        """Encoder outputs in the code space before quantisation, float32.
-
-        Raises:
-            UserError: the picture's sides are not multiples of the downsampling factor.
-        """
-        height, width, factor = img_BHWC.shape[1], img_BHWC.shape[2], self.config.factor
-        if height % factor or width % factor:
-            raise UserError(
-                f'a picture of {height}x{width} pixels does not divide into tokens of {factor}x{factor}: '
-                f'resize or crop both sides to multiples of {factor}'
-            )
-        return self.quant_conv(self.encoder(img_BHWC.astype(self.config.dtype))).astype(jnp.float32)
-
-    def lookup(self, latents_BhwE: Float[Array, 'B h w E']) -> Int[Array, 'B h w']:
-        """Ids of the codes nearest to latents."""
-        flat_NE = latents_BhwE.reshape(-1, latents_BhwE.shape[-1])
-        return quantize.nearest(*jax.lax.stop_gradient((flat_NE, self.codes()))).reshape(latents_BhwE.shape[:-1])
-
-    def encode(self, img_BHWC: Float[Array, 'B H W 3']) -> Int[Array, 'B h w']:
-        """Pictures in [-1, 1] → ids 0..V-1, int32, one for each `factor` x `factor` pixels."""
-        return self.lookup(self.latents(img_BHWC))
-
-    def decode(self, ids_or_weights: Int[Array, 'B h w'] | Float[Array, 'B h w V']) -> Float[Array, 'B H W 3']:
-        """Code ids, or weights over the codes → float32 pixels, not clipped."""
-        codes_VE = self.codes()
-        if jnp.issubdtype(ids_or_weights.dtype, jnp.integer):
-            return self._decode(codes_VE[ids_or_weights])
-        return self._decode(jnp.matmul(ids_or_weights.astype(jnp.float32), codes_VE, precision='highest'))
-
-    def __call__(self, img_BHWC: Float[Array, 'B H W 3']) -> Reconstruction:
-        """Encodes, quantises with the straight-through gradient, and decodes."""
-        latents_BhwE = self.latents(img_BHWC)
-        ids_Bhw = self.lookup(latents_BhwE)
-        quantised_BhwE = quantize.straight_through(latents_BhwE, self.codes()[ids_Bhw])
-        return Reconstruction(self._decode(quantised_BhwE), ids_Bhw, latents_BhwE, quantised_BhwE)
-
-    def _decode(self, codes_BhwE: Float[Array, 'B h w E']) -> Float[Array, 'B H W 3']:
-        codes_BhwE = codes_BhwE.astype(self.config.dtype)
-        return self.decoder(self.post_quant_conv(codes_BhwE), codes_BhwE).astype(jnp.float32)
-
-
-def _enlarge(x_BhwC: Array, times: int) -> Array:
-    """Nearest-neighbour upsampling, as one broadcast."""
-    batch, height, width, channels = x_BhwC.shape
-    x = jnp.broadcast_to(x_BhwC[:, :, None, :, None], (batch, height, times, width, times, channels))
-    return x.reshape(batch, times * height, times * width, channels)
+    def _run_decoder(self, codes_BhwE: Float[Array, 'B h w E']) -> Float[Array, 'B H W 3']:
+        return self.decoder(self.post_quant_conv(codes_BhwE), codes_BhwE)

@@ -132,7 +132,7 @@ class Superres(nnx.Module):
         memory_BSD, real_B = self._read(low_BT, txt_BSD, grid), self._real(len_B, grid)
 
         def apply(block: Block, x_BTD, _):
-            return block(x_BTD, block.cross_attention.keys_values(memory_BSD), real_B)
+            return block(x_BTD, block.keys_values(memory_BSD), real_B)
 
         return self._run(tok_BT, apply, None, grid)
 

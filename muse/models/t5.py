@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from muse.config import T5Config
-from muse.nn.attention import Backend, attention, has_cudnn
-from muse.nn.layers import Linear, RMSNorm, param, scan_layers, stack, take_rows
+from muse.config import Backend, T5Config
+from muse.nn.attention import attention, has_cudnn
+from muse.nn.layers import Linear, RMSNorm, look_up, param, scan_layers, stack
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, 'S S']:
@@ -44,16 +44,13 @@ def native(config: T5Config) -> T5Config:
 
 
 class TokenEmbedder(nnx.Module):
-    """The table of token vectors, looked up by id or by rows of weights over the ids."""
+    """The table of token vectors, under T5X's name for it; see `muse.nn.layers.look_up`."""
 
     def __init__(self, rows: int, width: int, *, rngs: nnx.Rngs):
         self.embedding = param(nnx.initializers.normal(1.0), rngs, (rows, width), ('vocab', 'embed'))
 
     def __call__(self, ids_or_weights: Array, dtype: str) -> Float[Array, 'B S D']:
-        table_VD = self.embedding[...]
-        if jnp.issubdtype(ids_or_weights.dtype, jnp.integer):
-            return take_rows(table_VD, ids_or_weights, dtype)
-        return ids_or_weights.astype(dtype) @ table_VD[: ids_or_weights.shape[-1]].astype(dtype)
+        return look_up(self.embedding[...], ids_or_weights, dtype)
 
 
 class RelativePositionBias(nnx.Module):

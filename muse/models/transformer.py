@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from muse.config import SuperresConfig, TransformerConfig
-from muse.nn.attention import CrossAttention, KeysValues, MultiAxisAttention, SelfAttention, with_null
+from muse.nn.attention import CrossAttention, KeysValues, SelfAttention, with_null
 from muse.nn.layers import MLP, Embed, Linear, RMSNorm, cast_matrices, param, scan_layers, stack
 
 # Of every layer: each array has a leading axis of layers, or a list of layers (fused ones: one list of all).
@@ -33,7 +33,7 @@ class Block(nnx.Module):
         config: TransformerConfig | SuperresConfig,
         *,
         rngs: nnx.Rngs,
-        self_attention: Callable[..., SelfAttention | MultiAxisAttention] = SelfAttention,
+        self_attention: Callable[..., SelfAttention] = SelfAttention,
     ):
         width, heads, backend = config.width, config.heads, config.attention
         out_scale = (3 * config.layers) ** -0.5  # keeps the variance of the residual stream ≈ 1 at any depth
@@ -60,6 +60,10 @@ class Block(nnx.Module):
         with jax.named_scope('mlp'):
             x_RTD, read_RTD = self.mlp_norm.after(x_RTD, more_RTD)
             return x_RTD + self.mlp(read_RTD)
+
+    def keys_values(self, memory_BSD: Float[Array, 'B S1 D']) -> KeysValues:
+        """What the layer reads, of what `with_null` returned."""
+        return self.cross_attention.keys_values(memory_BSD)
 
     def _read_some(self, x_RTD: Float[Array, 'R T D'], keys_values: KeysValues, lengths_B: Int[Array, ' B']) -> Array:
         """Cross-attention where R = n · B: the first of each n rows reads a memory and the others read nothing."""
@@ -97,13 +101,13 @@ class GridPositions(nnx.Module):
 def keys_values_of(blocks: Block | nnx.List[Any], memory_BSD: Float[Array, 'B S1 D']) -> Memory:
     """Cross-attention keys and values of every layer of a stack of `Block`s, of what `with_null` returned.
 
-    What stands in a list need not be a `Block`, only have its `cross_attention` (`muse.models.fused`).
+    What stands in a list need not be a `Block`, only have its `keys_values` (`muse.models.fused`).
     """
     if isinstance(blocks, nnx.List):
-        return [block.cross_attention.keys_values(memory_BSD) for block in blocks]
+        return [block.keys_values(memory_BSD) for block in blocks]
     graphdef, params = nnx.split(blocks, nnx.Param)
     params = cast_matrices(params, memory_BSD.dtype)
-    return jax.lax.map(lambda p: nnx.merge(graphdef, p).cross_attention.keys_values(memory_BSD), params)
+    return jax.lax.map(lambda p: nnx.merge(graphdef, p).keys_values(memory_BSD), params)
 
 
 class Transformer(nnx.Module):
@@ -164,7 +168,7 @@ class Transformer(nnx.Module):
         text_BSD = self._project(txt_BSD)
 
         def apply(block: Block, x_BTD, _):
-            return block(x_BTD, block.cross_attention.keys_values(text_BSD), len_B)
+            return block(x_BTD, block.keys_values(text_BSD), len_B)
 
         return self._run(tok_BT, apply, None, grid)
 

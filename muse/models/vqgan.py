@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from muse.config import VQConfig
+from muse.config import PublicVQConfig, VQConfig
 from muse.errors import UserError
 from muse.models import quantize
-from muse.models.quantizers import make_quantizer
+from muse.models.quantizers import Quantizer, make_quantizer
 from muse.nn.layers import param
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
@@ -61,7 +61,7 @@ class UpConv(Conv):
 
 def _convolve_doubled(x_BHWC: Array, kernel: Array) -> Array:
     kernel = kernel.astype(x_BHWC.dtype)
-    return jax.lax.conv_general_dilated(_double(x_BHWC), kernel, (1, 1), 'SAME', dimension_numbers=_DIMENSIONS)
+    return jax.lax.conv_general_dilated(enlarge(x_BHWC, 2), kernel, (1, 1), 'SAME', dimension_numbers=_DIMENSIONS)
 
 
 def _strided_kernel(kernel: Array) -> Array:
@@ -292,22 +292,25 @@ def _check(config: VQConfig) -> None:
             raise UserError(f'model.{name} is {size}: give at least 1')
 
 
-class VQGAN(nnx.Module):
-    """Encoder, codebook, decoder. Pixels are floats in [-1, 1]; both sides must be multiples of `config.factor`.
+class VQTokenizer(nnx.Module):
+    """What all tokenizers share: encoder outputs, the codes nearest to them, and pictures of codes.
 
-    Raises:
-        UserError: sizes that are out of range, or do not fit the quantizer.
+    Pixels are floats in [-1, 1]; both sides must be multiples of `config.factor`.
     """
 
-    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
-        _check(config)
-        self.config = config
-        self.quantizer = make_quantizer(config)
-        self.encoder = Encoder(config, rngs=rngs)
-        shape = (config.codebook_size, config.code_dim)
-        learned = self.quantizer.learned
-        self.codebook = param(nnx.initializers.normal(1.0), rngs, shape, (None, None)) if learned else None
-        self.decoder = Decoder(config, rngs=rngs)
+    config: VQConfig | PublicVQConfig
+    quantizer: Quantizer
+    codebook: nnx.Param | None  # None: the quantizer's table is fixed
+    encoder: Any
+    decoder: Any
+
+    def _run_encoder(self, x_BHWC: Float[Array, 'B H W 3']) -> Float[Array, 'B h w C']:
+        """Pictures → encoder outputs in the code space, in the compute dtype."""
+        return self.encoder(x_BHWC)
+
+    def _run_decoder(self, codes_BhwC: Float[Array, 'B h w C']) -> Float[Array, 'B H W 3']:
+        """Codes → pictures, in the compute dtype."""
+        return self.decoder(codes_BhwC)
 
     def codes(self) -> Float[Array, 'V C']:
         """The codebook as it is compared and decoded, float32; of unit length when config.l2_normalize."""
@@ -326,7 +329,7 @@ class VQGAN(nnx.Module):
                 f'resize or crop both sides to multiples of {factor}'
             )
         with jax.named_scope('encoder'):
-            z_BhwC = self.encoder(img_BHWC.astype(self.config.dtype)).astype(jnp.float32)
+            z_BhwC = self._run_encoder(img_BHWC.astype(self.config.dtype)).astype(jnp.float32)
         return self.quantizer.project(z_BhwC)
 
     def lookup(self, latents_BhwC: Float[Array, 'B h w C']) -> Int[Array, 'B h w']:
@@ -359,7 +362,25 @@ class VQGAN(nnx.Module):
 
     def _decode(self, codes_BhwC: Any) -> Float[Array, 'B H W 3']:
         with jax.named_scope('decoder'):
-            return self.decoder(codes_BhwC.astype(self.config.dtype)).astype(jnp.float32)
+            return self._run_decoder(codes_BhwC.astype(self.config.dtype)).astype(jnp.float32)
+
+
+class VQGAN(VQTokenizer):
+    """The paper's tokenizer.
+
+    Raises:
+        UserError: sizes that are out of range, or do not fit the quantizer.
+    """
+
+    def __init__(self, config: VQConfig, *, rngs: nnx.Rngs):
+        _check(config)
+        self.config = config
+        self.quantizer = make_quantizer(config)
+        self.encoder = Encoder(config, rngs=rngs)
+        shape = (config.codebook_size, config.code_dim)
+        learned = self.quantizer.learned
+        self.codebook = param(nnx.initializers.normal(1.0), rngs, shape, (None, None)) if learned else None
+        self.decoder = Decoder(config, rngs=rngs)
 
 
 def _blocks(inputs: int, outputs: int, depth: int, rngs: nnx.Rngs) -> nnx.List:
@@ -372,8 +393,8 @@ def _run(blocks: nnx.List, x_BHWC: Array) -> Array:
     return x_BHWC
 
 
-def _double(x_BHWC: Array) -> Array:
-    """Nearest-neighbour upsampling by 2, as one broadcast."""
-    batch, height, width, channels = x_BHWC.shape
-    x_B = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x_B.reshape(batch, 2 * height, 2 * width, channels)
+def enlarge(x_BhwC: Array, times: int) -> Array:
+    """Nearest-neighbour upsampling, as one broadcast."""
+    batch, height, width, channels = x_BhwC.shape
+    x = jnp.broadcast_to(x_BhwC[:, :, None, :, None], (batch, height, times, width, times, channels))
+    return x.reshape(batch, times * height, times * width, channels)

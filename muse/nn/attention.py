@@ -7,7 +7,7 @@ ever a softmax over nothing (docs/design.md, "The null condition").
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from muse.config import Backend
 from muse.errors import UserError, warn
 from muse.nn.attention_kernels import fits, normed_attention
-from muse.nn.devices import ROWS, capability, has_triton, mesh_split, platform
+from muse.nn.devices import AMPERE, GPUS, ROWS, capability, has_triton, mesh_split, platform
 from muse.nn.layers import Linear, RMSNorm, param
 
-Backend = Literal['auto', 'xla', 'cudnn', 'splash', 'fused']
 _SPLASH_BLOCK = 128
 _CUDNN_HEAD = 128  # the widest head its kernels take on every chip
 _CUDNN_BIAS = 8  # queries and keys come in multiples of this where there is a bias
@@ -68,8 +68,8 @@ def _native(q_BTNH: Array, *, has_bias: bool) -> Backend:
     if chip == 'tpu':
         return 'xla' if has_bias or q_BTNH.shape[1] % _SPLASH_BLOCK else 'splash'
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    fits = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= _CUDNN_HEAD
-    return 'cudnn' if chip in ('gpu', 'cuda') and half and fits and has_cudnn() else 'xla'
+    takes_head = q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= _CUDNN_HEAD
+    return 'cudnn' if chip in GPUS and half and takes_head and has_cudnn() else 'xla'
 
 
 def _cudnn(q_BTNH, k_BSNH, v_BSNH, lengths_B, bias_1NTS, scale):
@@ -89,7 +89,7 @@ def _cudnn(q_BTNH, k_BSNH, v_BSNH, lengths_B, bias_1NTS, scale):
 
 def has_cudnn() -> bool:
     """Whether 'cudnn' runs here: an NVIDIA GPU from Ampere on."""
-    return capability() >= 8
+    return capability() >= AMPERE
 
 
 def _splash(q_BTNH, k_BSNH, v_BSNH, lengths_B, scale):
@@ -134,15 +134,10 @@ def _heads(x: Float[Array, 'B T D'], heads: int) -> Float[Array, 'B T N H']:
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def project(self: SelfAttention | MultiAxisAttention, x_BTD: Float[Array, 'B T D']) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of self-attention, each `[B, T, D]`."""
-    return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-
-
 def _fused(backend: Backend, q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> bool:
     """Whether this project's own kernels, which hold the norms too, are asked for and take the shapes and types."""
     half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    there = (half and platform() in ('gpu', 'cuda')) or platform() == 'cpu'  # on a CPU interpreted: for tests
+    there = (half and platform() in GPUS) or platform() == 'cpu'  # on a CPU interpreted: for tests
     wanted = backend == 'fused' and there and fits(q_BTNH, k_BSNH, groups)
     if wanted and not has_triton():
         warn(f"model.attention 'fused' is as 'auto' here: jax {jax.__version__} has no jax.experimental.pallas.triton")
@@ -150,17 +145,10 @@ def _fused(backend: Backend, q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> b
     return wanted
 
 
-def _normed_attention(
-    self: SelfAttention | MultiAxisAttention, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, groups: int = 1
-) -> Float[Array, 'B T N H']:
-    lengths_B = jnp.full(q_BTNH.shape[0], k_BTNH.shape[1] // groups, jnp.int32)
-    scales = self.query_norm.scale[...], self.key_norm.scale[...]
-    options = {'scale': self.head_dim**-0.5, 'epsilon': self.query_norm.epsilon, 'groups': groups}
-    return normed_attention(q_BTNH, k_BTNH, v_BTNH, *scales, lengths_B, **options)
-
-
 class SelfAttention(nnx.Module):
     """Multi-head self-attention with QK-norm, without biases."""
+
+    groups = 1  # runs of tokens that attend among themselves, as `normed_attention` counts them
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, backend: Backend = 'auto', out_scale: float = 1.0):
         self.heads, self.head_dim = heads, width // heads
@@ -173,9 +161,12 @@ class SelfAttention(nnx.Module):
         self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        q_BTNH, k_BTNH, v_BTNH = (_heads(x, self.heads) for x in project(self, x_BTD))
-        if _fused(self.backend, q_BTNH, k_BTNH):
-            y_BTNH = _normed_attention(self, q_BTNH, k_BTNH, v_BTNH)
+        q_BTNH, k_BTNH, v_BTNH = (_heads(project(x_BTD), self.heads) for project in (self.query, self.key, self.value))
+        if _fused(self.backend, q_BTNH, k_BTNH, self.groups):
+            lengths_B = jnp.full(q_BTNH.shape[0], k_BTNH.shape[1] // self.groups, jnp.int32)
+            scales = self.query_norm.scale[...], self.key_norm.scale[...]
+            options = {'scale': self.head_dim**-0.5, 'epsilon': self.query_norm.epsilon, 'groups': self.groups}
+            y_BTNH = normed_attention(q_BTNH, k_BTNH, v_BTNH, *scales, lengths_B, **options)
         else:
             y_BTNH = self.attend(self.query_norm(q_BTNH), self.key_norm(k_BTNH), v_BTNH)
         return self.out(y_BTNH.reshape(x_BTD.shape))
@@ -203,7 +194,7 @@ def from_blocks(x: Array, grid: tuple[int, int], block: int) -> Array:
     return x.swapaxes(2, 3).reshape(x.shape[0], rows * columns, *rest)
 
 
-class MultiAxisAttention(nnx.Module):
+class MultiAxisAttention(SelfAttention):
     """Self-attention along two axes of a grid of blocks (HiT, Zhao et al. 2021, section 3.1), with QK-norm.
 
     Half of the heads attend within each block of `block × block` tokens; the other half attend across the blocks, from
@@ -214,23 +205,10 @@ class MultiAxisAttention(nnx.Module):
     def __init__(
         self, width: int, heads: int, *, block: int, rngs: nnx.Rngs, backend: Backend = 'auto', out_scale: float = 1.0
     ):
-        self.heads, self.head_dim, self.block_tokens = heads, width // heads, block**2
         # Splash wants at least 128 keys; 64 keys a query make a score matrix too small to need a kernel.
-        self.backend: Backend = 'xla' if backend == 'splash' else backend
-        self.query = Linear(width, width, ('embed', 'heads'), rngs=rngs)
-        self.key = Linear(width, width, ('embed', 'heads'), rngs=rngs)
-        self.value = Linear(width, width, ('embed', 'heads'), rngs=rngs)
-        self.out = Linear(width, width, ('heads', 'embed'), rngs=rngs, scale=out_scale)
-        self.query_norm = RMSNorm(self.head_dim, rngs=rngs)
-        self.key_norm = RMSNorm(self.head_dim, rngs=rngs)
-
-    def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
-        q_BTNH, k_BTNH, v_BTNH = (_heads(x, self.heads) for x in project(self, x_BTD))
-        if _fused(self.backend, q_BTNH, k_BTNH, groups=self.block_tokens):
-            y_BTNH = _normed_attention(self, q_BTNH, k_BTNH, v_BTNH, groups=self.block_tokens)
-        else:
-            y_BTNH = self.attend(self.query_norm(q_BTNH), self.key_norm(k_BTNH), v_BTNH)
-        return self.out(y_BTNH.reshape(x_BTD.shape))
+        backend = 'xla' if backend == 'splash' else backend
+        super().__init__(width, heads, rngs=rngs, backend=backend, out_scale=out_scale)
+        self.block_tokens = self.groups = block**2
 
     def attend(self, q_BTNH: Array, k_BTNH: Array, v_BTNH: Array) -> Float[Array, 'B T N H']:
         """What lies between the projections: half of the heads within the blocks, the others across them."""

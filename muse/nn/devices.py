@@ -17,9 +17,9 @@ from jax.sharding import AxisType
 from muse.errors import UserError, warn
 
 ROWS = ('data', 'fsdp')  # mesh axes over which the rows of a batch are split
-_GPUS = ('gpu', 'cuda')
 _NO_TRITON = f'jax {jax.__version__} has no jax.experimental.pallas.triton'
-_AMPERE, _HOPPER = 8, 9  # the first number of their compute capability
+GPUS = ('gpu', 'cuda')  # `platform` of one: as jax's default, and as a mesh's
+AMPERE, _HOPPER = 8, 9  # the first number of their compute capability
 
 
 def mesh_split(size: int, *axes: str) -> tuple[str, ...] | None:
@@ -74,7 +74,7 @@ def _asked() -> bool | None:
 
 def gpu_kernels() -> bool:
     """Whether training uses this project's kernels for norms: on a GPU with MUSE_GPU_KERNELS=1."""
-    if not _asked() or platform() not in _GPUS:
+    if not _asked() or platform() not in GPUS:
         return False
     if not has_triton():
         warn_if_asked(f'norms go without own kernels: {_NO_TRITON}')
@@ -107,9 +107,9 @@ def warn_if_asked(message: str) -> None:
 
 def _reason_against(dtype: Any) -> str | None:
     """Why drawing cannot use the kernels, if it cannot."""
-    if platform() not in _GPUS:
+    if platform() not in GPUS:
         return f'they are for GPUs, and this program is for a {platform()}'
-    if capability() < _AMPERE:
+    if capability() < AMPERE:
         return 'they want an NVIDIA GPU of compute capability 8.0 or more'
     if (devices := jax.sharding.get_abstract_mesh().size) > 1:
         return f'they are for one device, and this mesh has {devices}'

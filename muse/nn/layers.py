@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 
 from muse.nn.attention_kernels import ATTENTION_KERNEL
 from muse.nn.devices import ROWS, mesh_split
-from muse.nn.devices import platform as platform  # where others look for it
 from muse.nn.norms import norm_after, norm_beside, rms_norm
 
 Axes = tuple[str | None, ...]
@@ -127,11 +126,18 @@ def _take_rows_backward(dtype, residuals, grad):
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-class Embed(nnx.Module):
-    """A table of vectors looked up by integer id, or by rows of weights over the ids.
+def look_up(table_VD: Float[Array, 'V D'], ids_or_weights: Array, dtype: Any) -> Float[Array, '... D']:
+    """Rows of a float32 table by integer id, or sums of them by weights over the first ids, as `dtype`.
 
     Weights ("soft one-hots", `[..., V]`) let a gradient flow through a choice of tokens.
     """
+    if jnp.issubdtype(ids_or_weights.dtype, jnp.integer):
+        return take_rows(table_VD, ids_or_weights, dtype)
+    return ids_or_weights.astype(dtype) @ table_VD[: ids_or_weights.shape[-1]].astype(dtype)
+
+
+class Embed(nnx.Module):
+    """A table of vectors; see `look_up`."""
 
     def __init__(
         self, rows: int, features: int, *, rngs: nnx.Rngs, axes: Axes = ('vocab', 'embed'), stddev: float = 0.02
@@ -139,11 +145,8 @@ class Embed(nnx.Module):
         self.table = param(nnx.initializers.normal(stddev), rngs, (rows, features), axes)
 
     def __call__(self, ids_or_weights: Array, dtype: Any = jnp.float32) -> Float[Array, '... D']:
-        table_VD = self.table[...]
-        if jnp.issubdtype(ids_or_weights.dtype, jnp.integer):
-            with jax.named_scope('embed'):
-                return take_rows(table_VD, ids_or_weights, dtype)
-        return ids_or_weights.astype(dtype) @ table_VD[: ids_or_weights.shape[-1]].astype(dtype)
+        with jax.named_scope('embed'):
+            return look_up(self.table[...], ids_or_weights, dtype)
 
 
 @jax.custom_vjp

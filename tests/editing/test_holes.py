@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muse.drawing import traces
 from muse.editing.holes import known_tokens
 from muse.errors import InputWarning, UserError
-from muse.pipeline import traces
 
 RNG = np.random.default_rng(0)
 

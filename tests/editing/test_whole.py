@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from muse.config import FreeEditConfig
+from muse.drawing import traces
 from muse.errors import InputWarning, UserError
-from muse.pipeline import traces
 
 RNG = np.random.default_rng(1)
 FREE = FreeEditConfig(iterations=6, share=0.25)

@@ -26,11 +26,15 @@ def plan_of(rows, num_images=1, batch_size=2, unit=2):
     return plan, refused
 
 
+def items_of(plan):
+    return [item for _, item in all_items(plan)]
+
+
 def test_what_is_drawn_and_what_is_written_beside_it():
     rows = [Prompt(0, 1, 'A cat!'), Prompt(1, 2, 'dog', seed=9, guidance_scale=0.5, temperature=0.1)]
     rows += [Prompt(2, 3, 'named', id='my-id', negative_prompt='')]
     plan, refused = plan_of(rows, num_images=2)
-    items = list(all_items(plan))
+    items = items_of(plan)
     assert not refused and plan.pictures == 6
     assert [item.stem for item in items] == ['0000_a-cat', '0001_a-cat', '0002_dog', '0003_dog', 'my-id_0', 'my-id_1']
     # A row with a seed of its own counts its pictures from 0, so that they do not depend on its place.
@@ -46,13 +50,13 @@ def test_what_is_drawn_and_what_is_written_beside_it():
 def test_a_manifest_is_a_file_of_prompts_that_draws_the_same():
     rows = [Prompt(3, 1, 'cat'), Prompt(5, 2, 'dog', seed=9), Prompt(6, 3, 'cow', guidance_scale=1.0, size=(16, 24))]
     rows += [Prompt(7, 4, 'owl', id='owl')]
-    first = list(all_items(plan_of(rows, num_images=2)[0]))
+    first = items_of(plan_of(rows, num_images=2)[0])
     lines = [json.loads(item.about_json) for item in first]
     again = [
         read_prompt(place, 1, {name: line[name] for name in COLUMNS if line.get(name) is not None})
         for place, line in enumerate(lines)
     ]
-    second = list(all_items(plan_of(again)[0]))
+    second = items_of(plan_of(again)[0])
     assert [item.stem for item in second if 'id' in item.about] == ['owl_0', 'owl_1']
     key = operator.itemgetter('prompt', 'index')  # the order of drawing is size by size
     first, second = (sorted(items, key=lambda item: key(item.about)) for items in (first, second))
@@ -61,7 +65,7 @@ def test_a_manifest_is_a_file_of_prompts_that_draws_the_same():
             assert a.about[name] == b.about[name] and getattr(b.task, name) == a.about[name]
         assert (a.task.prompt, a.task.index, a.about['size']) == (b.task.prompt, b.task.index, b.about['size'])
     # An index of its own also counts on over the pictures of a row, with or without a seed.
-    more = list(all_items(plan_of([Prompt(4, 1, 'x', index=7), Prompt(5, 2, 'y', index=2, seed=3)], num_images=2)[0]))
+    more = items_of(plan_of([Prompt(4, 1, 'x', index=7), Prompt(5, 2, 'y', index=2, seed=3)], num_images=2)[0])
     assert [item.task.index for item in more] == [7, 8, 2, 3]
 
 
@@ -94,12 +98,12 @@ def test_rows_that_cannot_be_drawn_are_refused_and_the_others_keep_names_and_noi
     plan, refused = plan_of(rows)
     assert [place for place, _ in refused] == [1, 2, 3, 5]
     assert 'as those of row 1' in refused[0][1] and 'kept for another file' in refused[2][1]
-    assert [(item.stem, item.task.index) for item in all_items(plan)] == [('x', 0), ('0004_e', 4)]
+    assert [(item.stem, item.task.index) for item in items_of(plan)] == [('x', 0), ('0004_e', 4)]
 
 
 def test_an_index_beyond_the_last_is_refused_with_its_row():
     plan, refused = plan_of([Prompt(0, 1, 'a', index=2**31 - 2), Prompt(1, 2, 'b', index=2**31 - 1)], num_images=2)
-    assert [item.task.index for item in all_items(plan)] == [2**31 - 2, 2**31 - 1]
+    assert [item.task.index for item in items_of(plan)] == [2**31 - 2, 2**31 - 1]
     assert len(refused) == 1 and refused[0][0] == 1 and 'index is 2147483648' in refused[0][1]
 
 
@@ -107,7 +111,7 @@ def test_an_id_leaves_room_for_the_number_of_its_pictures():
     """A manifest's lines are rows of prompts: each id in it must be one."""
     rows = [Prompt(place, place + 1, 'x', id='abcde'[place] * length) for place, length in enumerate((98, 99, 100))]
     plan, refused = plan_of(rows, num_images=10)
-    ids = [item.about['id'] for item in all_items(plan)]
+    ids = [item.about['id'] for item in items_of(plan)]
     assert max(map(len, ids)) == 100 and [file_id(each) for each in ids] == ids
     assert refused == [
         (1, 'its id has 99 characters, and its pictures are called …bbbbbb_9: give up to 98'),

@@ -8,7 +8,7 @@ from filled import filled
 from flax import nnx
 
 from muse.config import SuperresConfig
-from muse.decode import decode_steps, row_keys
+from muse.decode import decode_steps, noise_keys
 from muse.errors import UserError
 from muse.models.superres import Superres
 from muse.nn.attention import KeysValues
@@ -184,7 +184,7 @@ def test_the_one_decoder_runs_on_it(batch):
         net = nnx.merge(graphdef, params)
         memory = net.memory(low, txt)
         canvas = jnp.zeros((low.shape[0], 64), jnp.int32)
-        keys = row_keys(0, index)
+        keys = noise_keys(0, index)
         return decode_steps(lambda tok, _: net.logits(tok, memory, length), canvas, canvas > 0, keys, steps=3)[-1]
 
     drawn = np.asarray(draw(low, txt, length, jnp.arange(3)))

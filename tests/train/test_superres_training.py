@@ -27,7 +27,7 @@ from muse.config import (
 )
 from muse.data.precomputed import Meta, encode_record
 from muse.data.shards import ShardWriter, begin_split, finish_split
-from muse.decode import decode_steps, row_keys
+from muse.decode import decode_steps, noise_keys
 from muse.errors import UserError
 from muse.mesh import make_mesh, replicated, shard_batch, shardings
 from muse.models.superres import Superres
@@ -156,7 +156,7 @@ def test_the_one_decoder_draws_what_the_low_res_tokens_say(learned):
             lambda tok, _: model.logits(tok, memory, batch['len']),
             canvas,
             canvas > 0,
-            row_keys(0, jnp.arange(32)),
+            noise_keys(0, jnp.arange(32)),
             steps=4,
         )[-1]
 
