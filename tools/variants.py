@@ -108,16 +108,9 @@ def _plain_ce() -> Undo:
     return _set(masking, 'smoothed_ce', derived)
 
 
-def _stack_first() -> Undo:
-    """Gradients of layers are stacked in bfloat16 ahead of the optimiser, not by whatever of it reads them."""
-    restack: Any = masked.restack
-
-    def stacked(apart: Any, like: Any) -> Any:
-        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 2 else x, like)
-        found = jax.lax.optimization_barrier(restack(apart, narrow))
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), found, like)
-
-    return _set(masked, 'restack', stacked)
+def _choice_of_gradients() -> Undo:
+    """Gradients of layers are joined by whatever reads them, which chooses one of as many arrays for each element."""
+    return _set(layers, '_stack', jnp.stack)
 
 
 def _plain_norms() -> Undo:
@@ -196,7 +189,7 @@ PATCHES: dict[str, Callable[[], Undo]] = {
     'scatter_embedding': _scatter_embedding,
     'float32_embedding': _float32_embedding,
     'plain_ce': _plain_ce,
-    'stack_first': _stack_first,
+    'choice_of_gradients': _choice_of_gradients,
     'plain_norms': _plain_norms,
     'split_attention': _split_attention,
     'plain_gelu': _plain_gelu,

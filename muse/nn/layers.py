@@ -217,10 +217,22 @@ def restack(apart: nnx.State, stacked: nnx.State) -> nnx.State:
         if path in values:
             value = values[path][...]
         else:
-            value = jnp.stack([values[(path[0], i, *path[1:])][...] for i in range(like.shape[0])])
+            value = _stack([values[(path[0], i, *path[1:])][...] for i in range(like.shape[0])])
         return like.replace(value.astype(like.dtype))
 
     return nnx.from_flat_state([(path, joined(path, like)) for path, like in nnx.to_flat_state(stacked)])
+
+
+def _stack(values: list[Array]) -> Array:
+    """`jnp.stack`, each value copied to its place as soon as it is known, ahead of whatever reads the stack.
+
+    XLA writes no stack where it can put the choice of a value into each reader: on a GPU an optimiser that looks every
+    element up in one of 36 arrays ran at a third of the speed of memory.
+    """
+    found = jnp.zeros((len(values), *values[0].shape), values[0].dtype)
+    for i, value in enumerate(values):
+        found = jax.lax.dynamic_update_index_in_dim(found, value, i, 0)
+    return jax.lax.optimization_barrier(found)
 
 
 def cast_matrices(params: StateT, dtype: Any) -> StateT:
