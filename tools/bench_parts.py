@@ -28,17 +28,27 @@ import numpy as np
 from muse.errors import UserError
 from muse.nn import attention_kernels, norm_kernels
 from muse.nn.attention import attention
-from muse.nn.attention_kernels import Split, normed_attention
+from muse.nn.attention_kernels import Split, Turn, normed_attention
 from muse.nn.layers import gelu
 from muse.nn.norm_kernels import Tiling
 from muse.nn.norms import norm_after, rms_norm
 
 _EPSILON = 1e-6
-_TURNS = ((16, 8), (32, 4), (32, 8), (32, 16), (64, 4), (64, 8), (64, 16))
-_QUERIES = ((16, 1, 4), (16, 1, 8), (16, 2, 8), (32, 1, 4), (32, 1, 8), (32, 2, 8), (64, 1, 8))
-_KEYS = ((64, 32, 8), (32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8))
-# Each of queries' settings with one of keys', and the other way round.
-_SPLITS = (*(Split(*each, *_KEYS[0]) for each in _QUERIES), *(Split(*_QUERIES[1], *each) for each in _KEYS[1:]))
+_TURNS = (*(Turn(*each) for each in ((16, 8), (32, 8), (32, 16), (64, 8), (64, 16))), Turn(32, 8, 2), Turn(64, 8, 2))
+_QUERIES = ((16, 1, 8, 1), (16, 1, 8, 2), (16, 2, 8, 2), (32, 1, 8, 2), (32, 2, 8, 2), (64, 1, 8, 2))
+_KEYS = (
+    (64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 2), (64, 32, 4, 1), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2),
+    (128, 32, 8, 2), (128, 64, 8, 2),
+)  # fmt: skip
+
+
+def _split(queries: tuple[int, int, int, int], keys: tuple[int, int, int, int]) -> Split:
+    (turn, programs, warps, stages), (block, key_turn, key_warps, key_stages) = queries, keys
+    return Split(turn, programs, warps, block, key_turn, key_warps, stages, key_stages)
+
+
+# Each of queries' settings with one of keys', and the other way round: what a setting brings is that of its kernel.
+_SPLITS = (*(_split(each, _KEYS[0]) for each in _QUERIES), *(_split(_QUERIES[1], each) for each in _KEYS[1:]))
 _TILINGS = (  # of the norm's forward and backward pass: elements that a program holds, warps, tiles
     (Tiling(4096, 8, 1), Tiling(4096, 4, 2)),
     (Tiling(2048, 2, 1), Tiling(4096, 4, 4)),
@@ -141,10 +151,10 @@ def _attention_ways(own: Way) -> dict[str, Way]:
     ways = {}
     for turn in _TURNS:
         settings = ((attention_kernels, 'TURNS', {256: turn}), (attention_kernels, 'SPLITS', {}))
-        ways[f'own, {turn[0]} queries, {turn[1]} warps'] = own._replace(settings=settings)
+        ways[f'own, {turn.queries} queries, {turn.warps} warps, {turn.stages} stages'] = own._replace(settings=settings)
     for split in _SPLITS:
-        name = f'own, {split.queries} queries, {split.programs} programs, {split.warps} warps'
-        name += f'; {split.keys} keys, {split.key_queries} queries, {split.key_warps} warps'
+        name = f'own, {split.queries} queries, {split.programs} programs, {split.warps} warps, {split.stages} stages'
+        name += f'; {split.keys} keys, {split.key_queries} queries, {split.key_warps} warps, {split.key_stages} stages'
         ways[name] = own._replace(settings=((attention_kernels, 'SPLITS', {256: split}),))
     return ways
 

@@ -120,7 +120,7 @@ def _plain_norms() -> Undo:
 
 def _split_attention() -> Undo:
     """The backward pass of attention's own kernels is two kernels, which leave more of them room at a time."""
-    return _set(attention_kernels, 'SPLITS', {256: Split(16, 1, 8, 32, 32, 4)})
+    return _set(attention_kernels, 'SPLITS', {256: Split(16, 1, 8, 64, 32, 4, 2, 2)})
 
 
 def _plain_gelu() -> Undo:

@@ -23,16 +23,22 @@ from muse.nn.devices import ROWS, mesh_split, platform
 ATTENTION_KERNEL = 'attention_forward'  # the name of the forward pass in a program
 _KEYS = (16, 256)
 _HEADS = (16, 64)
-# Up to so many keys the backward pass takes this many queries a turn, in this many warps: what leaves registers for the
-# gradients of the keys and values.
-TURNS = {64: (64, 4), 128: (64, 8), 256: (32, 8)}
+
+
+class Turn(NamedTuple):
+    """A backward pass in one kernel: so many `queries` a turn, in so many `warps`; what a turn reads is asked for
+    `stages` - 1 turns ahead."""
+
+    queries: int
+    warps: int
+    stages: int = 1
 
 
 class Split(NamedTuple):
     """A backward pass in two kernels, each of fewer registers a program than one for both.
 
     `queries` of a turn in the first one, whose programs take 1/`programs` of a row's queries, against all keys, in so
-    many `warps`. `keys` of a program in the second one, against `key_queries` a turn, in `key_warps`.
+    many `warps`. `keys` of a program in the second one, against `key_queries` a turn, in `key_warps`. Stages as `Turn`.
     """
 
     queries: int
@@ -41,6 +47,12 @@ class Split(NamedTuple):
     keys: int
     key_queries: int
     key_warps: int
+    stages: int = 1
+    key_stages: int = 1
+
+
+# Up to so many keys: what leaves registers for the gradients of the keys and values.
+TURNS = {64: Turn(64, 4), 128: Turn(64, 8), 256: Turn(32, 8)}
 
 
 SPLITS: dict[int, Split] = {}  # as TURNS; where it has no entry, one kernel makes all gradients
@@ -53,12 +65,12 @@ def fits(q_BTNH: Array, k_BSNH: Array, groups: int = 1) -> bool:
     powers = all(n & (n - 1) == 0 for n in (keys, head))
     sizes = _KEYS[0] <= keys <= _KEYS[1] and _HEADS[0] <= head <= _HEADS[1]
     square = groups == 1 or q_BTNH.shape[1] == groups**2
-    return powers and sizes and square and queries > 0 and queries % _turn(keys)[0] == 0
+    return powers and sizes and square and queries > 0 and queries % _turn(keys).queries == 0
 
 
-def _turn(keys: int) -> tuple[int, int]:
-    queries, warps = next(turn for most, turn in TURNS.items() if keys <= most)
-    return min(queries, keys), warps
+def _turn(keys: int) -> Turn:
+    turn = next(turn for most, turn in TURNS.items() if keys <= most)
+    return turn._replace(queries=min(turn.queries, keys))
 
 
 def _split(queries: int, keys: int) -> Split | None:
@@ -68,7 +80,7 @@ def _split(queries: int, keys: int) -> Split | None:
         return None
     turn, key_turn = math.gcd(split.queries, queries), math.gcd(split.key_queries, queries)
     programs = math.gcd(split.programs, queries // turn)
-    return Split(turn, programs, split.warps, min(split.keys, keys), key_turn, split.key_warps)
+    return split._replace(queries=turn, programs=programs, keys=min(split.keys, keys), key_queries=key_turn)
 
 
 def normed_attention(
@@ -191,7 +203,9 @@ def _weights_transposed(k: Array, q: Array, length: Array, scale: float) -> Arra
     return powers / jnp.sum(powers, axis=0)[None, :]
 
 
-def _pallas(kernel: Any, grid: tuple[int, ...], inputs: tuple, out_shape: list, name: str, warps: int) -> Any:
+def _pallas(
+    kernel: Any, grid: tuple[int, ...], inputs: tuple, out_shape: list, name: str, warps: int, stages: int = 1
+) -> Any:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -199,7 +213,7 @@ def _pallas(kernel: Any, grid: tuple[int, ...], inputs: tuple, out_shape: list, 
         kernel,
         grid=grid,
         out_shape=out_shape,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=platform() == 'cpu',
         name=name,
     )(*inputs)
@@ -243,7 +257,7 @@ def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
 
     scale, epsilon, groups, normed = options
     (rows, tokens, heads, width), keys = q.shape, k.shape[1] // groups
-    queries, warps = _turn(keys)
+    queries, warps, stages = _turn(keys)
 
     def kernel(
         q_ref, k_ref, v_ref, query_scale_ref, key_scale_ref, lengths_ref, grad_ref,
@@ -288,7 +302,7 @@ def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
     parts = jax.ShapeDtypeStruct((rows, groups, heads, width), jnp.float32)
     out_shape = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), parts, parts]
     inputs = (q, k, v, query_scale, key_scale, lengths, grad)
-    return _pallas(kernel, (groups * heads, rows), inputs, out_shape, 'attention_backward', warps)
+    return _pallas(kernel, (groups * heads, rows), inputs, out_shape, 'attention_backward', warps, stages)
 
 
 @partial(jax.jit, static_argnames=('options', 'split'))  # so that all layers are lowered once
@@ -343,7 +357,7 @@ def _backward_queries(q, k, v, query_scale, key_scale, lengths, grad, options, s
     parts = jax.ShapeDtypeStruct((rows, split.programs, groups * heads, width), jnp.float32)
     grid, inputs = (split.programs, groups * heads, rows), (q, k, v, query_scale, key_scale, lengths, grad)
     out_shape = [of_q, of_q, sums, sums, parts]
-    return _pallas(kernel, grid, inputs, out_shape, 'attention_backward_queries', split.warps)
+    return _pallas(kernel, grid, inputs, out_shape, 'attention_backward_queries', split.warps, split.stages)
 
 
 @partial(jax.jit, static_argnames=('options', 'split'))  # so that all layers are lowered once
@@ -395,4 +409,4 @@ def _backward_keys(normed_q, logarithms, alongs, k, v, key_scale, lengths, grad,
     out_shape = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)), parts]
     inputs = (normed_q, logarithms, alongs, k, v, key_scale, lengths, grad)
     grid = (programs, groups * heads, rows)
-    return _pallas(kernel, grid, inputs, out_shape, 'attention_backward_keys', split.key_warps)
+    return _pallas(kernel, grid, inputs, out_shape, 'attention_backward_keys', split.key_warps, split.key_stages)
