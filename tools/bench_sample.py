@@ -150,7 +150,7 @@ def _measured(
         jax.clear_caches()  # the trace of a program knows nothing of patches
         own = precision == 'none' and drawing.drawing_kernels(args.dtype)
         paint, arguments = program(case, graphs, params, rows)
-        compiled = paint.lower(*arguments).compile()
+        compiled = paint.lower(*arguments).compile(compiler_options=change.compiler)
     compile_s = time.perf_counter() - start
     times = timed(lambda: compiled(*arguments)[-1], repeats=args.repeats)
     found = {

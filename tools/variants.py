@@ -204,11 +204,17 @@ PATCHES: dict[str, Callable[[], Undo]] = {
 _UNROLLED = {
     f'unroll_{layers}': Variant(config={'unroll': layers}) for layers in (2, 4, 6, 8, 12, 16, 18, 24, 32, 36, 48)
 }
+_IN_GRAPHS = 'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION'
 _OF_DRAWING = ('full_null', 'scanned', 'unfused', 'xla_products', 'own_products', 'cudnn_attention')
 DRAWING_VARIANTS: dict[str, Variant] = {
     'now': Variant(),
     'xla_attention': Variant(config={'attention': 'xla'}),
     **{name: Variant(patches=(name,)) for name in _OF_DRAWING},
+    # The host starts a loop once and not each of its steps.
+    'loops_in_graphs': Variant(compiler={'xla_gpu_enable_command_buffer': f'{_IN_GRAPHS},WHILE'}),
+    'all_in_graphs': Variant(
+        compiler={'xla_gpu_enable_command_buffer': f'{_IN_GRAPHS},WHILE,CONDITIONAL', 'xla_gpu_graph_min_graph_size': 1}
+    ),
     **_UNROLLED,
 }
 TRAINING_VARIANTS: dict[str, Variant] = {
