@@ -34,8 +34,9 @@ TINY = {'channels': 8, 'channel_mult': (1, 1, 2), 'num_res_blocks': 1, 'codebook
 
 
 def _doubled() -> None:
-    vqgan._convolve_doubled_merged = vqgan._convolve_doubled
-    vqgan._convolve_doubled_merged_backward = vqgan._convolve_doubled_backward
+    home: Any = sys.modules[vqgan.UpConv.__module__]  # older trees have it in vqgan itself
+    home._convolve_doubled_merged = home._convolve_doubled
+    home._convolve_doubled_merged_backward = home._convolve_doubled_backward
 
 
 def _plain_norm() -> None:

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from muse.config import Dtype
-from muse.models.vqgan import Conv, GroupNorm
+from muse.nn.convolutions import Conv
+from muse.nn.group_norm import GroupNorm
 from muse.nn.rows import mean_rows, weigh
 
 _LEAK = 0.2

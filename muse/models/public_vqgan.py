@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from muse.config import PublicVQConfig
 from muse.models.quantizers import Learned
-from muse.models.vqgan import Conv, VQTokenizer, enlarge
+from muse.models.vqgan import VQTokenizer
+from muse.nn.convolutions import Conv, enlarge
 from muse.nn.layers import param
 
 _EPSILON = 1e-6

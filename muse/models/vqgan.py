@@ -7,7 +7,6 @@ The decoder may be larger than the encoder (appendix A.2). A linear 1x1 convolut
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +18,9 @@ from muse.config import PublicVQConfig, VQConfig
 from muse.errors import UserError
 from muse.models import quantize
 from muse.models.quantizers import Quantizer, make_quantizer
+from muse.nn.convolutions import Conv, UpConv
+from muse.nn.group_norm import GroupNorm
 from muse.nn.layers import param
-
-_DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
 def to_float(img_BHWC: UInt8[Array, '... H W 3']) -> Float[Array, '... H W 3']:
@@ -33,174 +32,6 @@ def to_uint8(img_BHWC: Float[Array, '... H W 3']) -> UInt8[Array, '... H W 3']:
     """Float pixels, clipped to [-1, 1] → uint8 0..255, rounded."""
     clipped = jnp.clip(img_BHWC.astype(jnp.float32), -1.0, 1.0)
     return jnp.round((clipped + 1.0) * 127.5).astype(jnp.uint8)
-
-
-class Conv(nnx.Module):
-    """A 2-D convolution with bias and 'SAME' padding. `scale` multiplies the fan-in initialisation."""
-
-    def __init__(
-        self, inputs: int, outputs: int, size: int = 3, *, rngs: nnx.Rngs, stride: int = 1, scale: float = 1.0
-    ):
-        init = nnx.initializers.variance_scaling(scale**2, 'fan_in', 'truncated_normal')
-        self.kernel = param(init, rngs, (size, size, inputs, outputs), (None, None, 'conv_in', 'conv_out'))
-        self.bias = param(nnx.initializers.zeros, rngs, (outputs,), ('norm',))
-        self.stride = stride
-
-    def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B h w c']:
-        kernel, bias = self.kernel[...].astype(x_BHWC.dtype), self.bias[...].astype(x_BHWC.dtype)
-        strides = (self.stride, self.stride)
-        return jax.lax.conv_general_dilated(x_BHWC, kernel, strides, 'SAME', dimension_numbers=_DIMENSIONS) + bias
-
-
-class UpConv(Conv):
-    """A 3x3 convolution of the picture doubled by nearest neighbour."""
-
-    def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B h w c']:
-        return _up_convolve(x_BHWC, self.kernel[...]) + self.bias[...].astype(x_BHWC.dtype)
-
-
-def _convolve_doubled(x_BHWC: Array, kernel: Array) -> Array:
-    kernel = kernel.astype(x_BHWC.dtype)
-    return jax.lax.conv_general_dilated(enlarge(x_BHWC, 2), kernel, (1, 1), 'SAME', dimension_numbers=_DIMENSIONS)
-
-
-def _strided_kernel(kernel: Array) -> Array:
-    """The 4x4 kernel, in and out exchanged, of the stride-2 convolution whose transpose doubles and convolves.
-
-    Doubling is a 2x2 box over a picture with zeros between its pixels; the box and the 3x3 kernel make one of 4x4.
-    """
-    padded = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
-    # Taps are turned round by stacking: XLA knows a transposed convolution on GPUs by a reversal of its own.
-    rows = jnp.stack([padded[3 - i] + padded[4 - i] for i in range(4)])
-    return jnp.stack([rows[:, 3 - i] + rows[:, 4 - i] for i in range(4)], axis=1).swapaxes(2, 3)
-
-
-def _shrink(y_BHWC: Array, strided: Array) -> Array:
-    padding = ((1, 1), (1, 1))
-    return jax.lax.conv_general_dilated(y_BHWC, strided, (2, 2), padding, dimension_numbers=_DIMENSIONS)
-
-
-def _convolve_doubled_merged(x_BHWC: Array, kernel: Array) -> Array:
-    """`_convolve_doubled` as one transposed convolution: 4 of 9 products, and the doubled picture is never written."""
-    batch, height, width, _ = x_BHWC.shape
-    doubled = jnp.zeros((batch, 2 * height, 2 * width, kernel.shape[-1]), x_BHWC.dtype)
-    strided = _strided_kernel(kernel).astype(x_BHWC.dtype)
-    return jax.vjp(lambda y_BHWC: _shrink(y_BHWC, strided), doubled)[1](x_BHWC)[0]
-
-
-def _convolve_doubled_merged_backward(x_BHWC: Array, kernel: Array, grad_BHWC: Array) -> tuple[Array, Array]:
-    """Gradients as those of the stride-2 convolution, in the forms that GPUs have kernels for."""
-    strided, pull_kernel = jax.vjp(lambda kernel: _strided_kernel(kernel).astype(x_BHWC.dtype), kernel)
-    dx_BHWC, pull = jax.vjp(_shrink, grad_BHWC, strided)
-    return dx_BHWC, pull_kernel(pull(x_BHWC)[1])[0]
-
-
-def _convolve_doubled_backward(x_BHWC: Array, kernel: Array, grad_BHWC: Array) -> tuple[Array, Array]:
-    return jax.vjp(_convolve_doubled, x_BHWC, kernel)[1](grad_BHWC)
-
-
-@jax.custom_vjp
-def _up_convolve(x_BHWC: Array, kernel: Array) -> Array:
-    # On a CPU zeros between pixels are multiplied like any other number: there the picture is doubled first.
-    return jax.lax.platform_dependent(x_BHWC, kernel, cpu=_convolve_doubled, default=_convolve_doubled_merged)
-
-
-def _up_convolve_forward(x_BHWC, kernel):
-    return _up_convolve(x_BHWC, kernel), (x_BHWC, kernel)
-
-
-def _up_convolve_backward(residuals, grad_BHWC):
-    """Of the platform's own form. JAX's rule for a choice of forms would keep what the backward pass of each needs."""
-    forms = {'cpu': _convolve_doubled_backward, 'default': _convolve_doubled_merged_backward}
-    return jax.lax.platform_dependent(*residuals, grad_BHWC, **forms)
-
-
-_up_convolve.defvjp(_up_convolve_forward, _up_convolve_backward)
-
-
-class GroupNorm(nnx.Module):
-    """Norm over the picture and a group of channels, statistics in float32.
-
-    Up to 32 groups of at least 4 channels, so that narrow models keep their channels' contrast.
-    """
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, epsilon: float = 1e-6):
-        self.groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
-        self.scale = param(nnx.initializers.ones, rngs, (channels,), ('norm',))
-        self.bias = param(nnx.initializers.zeros, rngs, (channels,), ('norm',))
-        self.epsilon = epsilon
-
-    def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
-        mean_BC, inverse_BC = _moments(x_BHWC, self.groups, self.epsilon)
-        return _affine(x_BHWC, mean_BC, inverse_BC, self.scale[...], self.bias[...]).astype(x_BHWC.dtype)
-
-    def swish(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
-        """swish(norm(x)), with a backward pass that keeps nothing of the picture's size but x."""
-        with jax.named_scope('norm'):
-            return _norm_swish(x_BHWC, self.scale[...], self.bias[...], self.groups, self.epsilon)
-
-
-def _moments(x_BHWC: Array, groups: int, epsilon: float) -> tuple[Array, Array]:
-    """Mean and inverse deviation of each channel's group, both `[B, C]` float32."""
-    batch, channels = x_BHWC.shape[0], x_BHWC.shape[-1]
-    x32 = x_BHWC.astype(jnp.float32)
-    # Both moments in one reading of the picture; per channel first, since groups are only a few channels.
-    moments_2BC = jnp.stack([jnp.mean(x32, axis=(1, 2)), jnp.mean(jnp.square(x32), axis=(1, 2))])
-    moments_2BG = jnp.mean(moments_2BC.reshape(2, batch, groups, channels // groups), axis=-1)
-    variance_BG = jnp.maximum(moments_2BG[1] - jnp.square(moments_2BG[0]), 0.0)
-    inverse_BC = jnp.repeat(jax.lax.rsqrt(variance_BG + epsilon), channels // groups, axis=-1)
-    return jnp.repeat(moments_2BG[0], channels // groups, axis=-1), inverse_BC
-
-
-def _affine(x_BHWC: Array, mean_BC: Array, inverse_BC: Array, scale_C: Array, bias_C: Array) -> Array:
-    """The normalised picture, scaled and shifted, float32."""
-    gain_BC = inverse_BC * scale_C
-    offset_BC = bias_C - mean_BC * gain_BC
-    return x_BHWC.astype(jnp.float32) * gain_BC[:, None, None] + offset_BC[:, None, None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _norm_swish(x_BHWC: Array, scale_C: Array, bias_C: Array, groups: int, epsilon: float) -> Array:
-    return _norm_swish_forward(x_BHWC, scale_C, bias_C, groups, epsilon)[0]
-
-
-def _norm_swish_forward(x_BHWC, scale_C, bias_C, groups, epsilon):
-    mean_BC, inverse_BC = _moments(x_BHWC, groups, epsilon)
-    y_BHWC = jax.nn.silu(_affine(x_BHWC, mean_BC, inverse_BC, scale_C, bias_C)).astype(x_BHWC.dtype)
-    return y_BHWC, (x_BHWC, mean_BC, inverse_BC, scale_C, bias_C)
-
-
-def _norm_swish_backward(groups, epsilon, residuals, grad_BHWC):
-    """Two readings of the picture and of its gradient: one for sums over them, one to write the result."""
-    del epsilon
-    x_BHWC, mean_BC, inverse_BC, scale_C, bias_C = residuals
-    batch, height, width, channels = x_BHWC.shape
-
-    def inner() -> Array:
-        """Gradient at the input of the swish."""
-        u_BHWC = _affine(x_BHWC, mean_BC, inverse_BC, scale_C, bias_C)
-        share_BHWC = jax.nn.sigmoid(u_BHWC)
-        return grad_BHWC.astype(jnp.float32) * share_BHWC * (1.0 + u_BHWC * (1.0 - share_BHWC))
-
-    du_BHWC, x32 = inner(), x_BHWC.astype(jnp.float32)
-    sum_BC = jnp.sum(du_BHWC, axis=(1, 2))
-    dot_BC = (jnp.sum(du_BHWC * x32, axis=(1, 2)) - mean_BC * sum_BC) * inverse_BC  # with the normalised picture
-
-    def group_mean(x_BC: Array) -> Array:
-        size = channels // groups
-        mean_BG = jnp.mean(x_BC.reshape(batch, groups, size), axis=-1) / (height * width)
-        return jnp.repeat(mean_BG, size, axis=-1)
-
-    # d/dx of the norm: scale·inverse·du less its part along 1 and along the normalised picture.
-    along_BC = group_mean(dot_BC * scale_C) * inverse_BC
-    gain_BC = scale_C * inverse_BC
-    slope_BC = -along_BC * inverse_BC
-    offset_BC = -inverse_BC * group_mean(sum_BC * scale_C) - slope_BC * mean_BC
-    dx_BHWC = du_BHWC * gain_BC[:, None, None] + x32 * slope_BC[:, None, None] + offset_BC[:, None, None]
-    return dx_BHWC.astype(x_BHWC.dtype), jnp.sum(dot_BC, axis=0), jnp.sum(sum_BC, axis=0)
-
-
-_norm_swish.defvjp(_norm_swish_forward, _norm_swish_backward)
 
 
 class ResBlock(nnx.Module):
@@ -391,10 +222,3 @@ def _run(blocks: nnx.List, x_BHWC: Array) -> Array:
     for block in blocks:
         x_BHWC = block(x_BHWC)
     return x_BHWC
-
-
-def enlarge(x_BhwC: Array, times: int) -> Array:
-    """Nearest-neighbour upsampling, as one broadcast."""
-    batch, height, width, channels = x_BhwC.shape
-    x = jnp.broadcast_to(x_BhwC[:, :, None, :, None], (batch, height, times, width, times, channels))
-    return x.reshape(batch, times * height, times * width, channels)

@@ -13,8 +13,7 @@ from flax import nnx
 
 from muse.config import VQConfig
 from muse.errors import UserError
-from muse.models import vqgan
-from muse.models.vqgan import VQGAN, GroupNorm, to_float, to_uint8
+from muse.models.vqgan import VQGAN, to_float, to_uint8
 
 CONFIG = VQConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, codebook_size=50, code_dim=6)
 
@@ -128,15 +127,6 @@ def test_bf16_convolves_in_bf16_alone():
     assert len(made) > 20 and all('bf16' in line for line in made)
 
 
-def test_group_norm_against_its_definition():
-    norm = GroupNorm(8, rngs=nnx.Rngs(params=0))
-    x = np.random.default_rng(0).normal(3, 2, (2, 5, 4, 8)).astype(np.float32)
-    grouped = x.reshape(2, 20, 2, 4)
-    expected = (grouped - grouped.mean((1, 3), keepdims=True)) / np.sqrt(grouped.var((1, 3), keepdims=True) + 1e-6)
-    assert norm.groups == 2
-    np.testing.assert_allclose(norm(jnp.asarray(x)), expected.reshape(x.shape), atol=1e-5)
-
-
 def size(config: VQConfig) -> dict[str, int]:
     """Parameters in millions of encoder and decoder; nothing is allocated."""
     model = nnx.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(params=0)))
@@ -157,48 +147,3 @@ def test_every_parameter_names_its_axes():
     params = nnx.split(make(), nnx.Param)[1]
     for path, variable in nnx.to_flat_state(params):
         assert len(variable.get_metadata()['axes']) == variable.ndim, path
-
-
-def test_swish_of_the_norm_and_its_gradients():
-    """Against autodiff of its definition in float64, groups of 4 channels with scales and shifts."""
-    rng = np.random.default_rng(0)
-    x, weights = (rng.normal(1, 2, (2, 6, 4, 8)) for _ in range(2))
-    scale, shift = rng.normal(1, 0.3, 8), rng.normal(0, 1, 8)
-
-    def reference(x, scale, shift):
-        grouped = x.reshape(2, 24, 2, 4)
-        deviation = jnp.sqrt(grouped.var((1, 3), keepdims=True) + 1e-6)
-        y = ((grouped - grouped.mean((1, 3), keepdims=True)) / deviation).reshape(x.shape) * scale + shift
-        return jnp.sum(weights * y / (1 + jnp.exp(-y)))
-
-    def ours(x, scale, shift):
-        norm = GroupNorm(8, rngs=nnx.Rngs(params=0))
-        norm.scale[...], norm.bias[...] = scale, shift
-        return jnp.sum(jnp.asarray(weights, jnp.float32) * norm.swish(x))
-
-    with jax.enable_x64(True):
-        expected = jax.jit(jax.value_and_grad(reference, argnums=(0, 1, 2)))(*map(jnp.asarray, (x, scale, shift)))
-        expected = jax.device_get(expected)
-    single = [jnp.asarray(a, jnp.float32) for a in (x, scale, shift)]
-    value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*single)
-    assert float(value) == pytest.approx(float(expected[0]), rel=1e-5)
-    for found, wanted in zip(grads, expected[1], strict=True):
-        np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
-
-
-def test_merged_doubling_is_doubling_then_convolving():
-    """What runs on GPUs and TPUs against what runs here, values and gradients; and both against plain repetition."""
-    rng = np.random.default_rng(1)
-    x, kernel, weights = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 3, 4), (3, 3, 4, 6), (2, 10, 6, 6))
-    )
-    doubled = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    plain = jax.lax.conv_general_dilated(doubled, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    for form in (vqgan._convolve_doubled, vqgan._convolve_doubled_merged, vqgan._up_convolve):
-        np.testing.assert_allclose(jax.jit(form)(x, kernel), plain, atol=3e-5)
-    expected = jax.grad(lambda x, k: jnp.sum(weights * vqgan._convolve_doubled(x, k)), argnums=(0, 1))(x, kernel)
-    merged = vqgan._convolve_doubled_merged_backward(x, kernel, weights)
-    chosen = jax.jit(jax.grad(lambda x, k: jnp.sum(weights * vqgan._up_convolve(x, k)), argnums=(0, 1)))(x, kernel)
-    for found in (merged, chosen):
-        for ours, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours, other, atol=1e-4)
