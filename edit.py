@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
     )
     job = EditJob(
         out=FLAGS.out,
-        jobs_file=FLAGS.jobs,
+        rows_file=FLAGS.jobs,
         form=FLAGS.format,
         shard_size=FLAGS.shard_size,
         strip=FLAGS.strip,

@@ -21,7 +21,7 @@ import muse
 from muse.errors import UserError, warn
 from muse.jobs import command_line, rows
 from muse.jobs.command_line import guarded, parse
-from muse.jobs.sampling import Job, Knobs, read_prompts, sample
+from muse.jobs.sampling import Knobs, SampleJob, read_prompts, sample
 
 FLAGS = flags.FLAGS
 flags.DEFINE_multi_string('prompt', [], 'What to draw; give it several times for several prompts.')
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
         negative_prompt=FLAGS.negative_prompt,
         size=_size(),
     )
-    job = Job(
-        prompts_file=FLAGS.prompts_file,
+    job = SampleJob(
         out=FLAGS.out,
+        rows_file=FLAGS.prompts_file,
         num_images=FLAGS.num_images,
         batch_size=FLAGS.batch_size,
         form=FLAGS.format,

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from muse.config import read_run
 from muse.errors import UserError, main_guard
-from muse.train.command_line import parse_flags, use_compilation_cache
+from muse.train.command_line import parse_config_flags, use_compilation_cache
 from muse.train.hosts import join, leave_together
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; its keys are set by --config.a.b=value.')
@@ -54,10 +54,5 @@ def main(_: list[str]) -> None:
             finish.write_release(base, _WORKDIR.value, release)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    with main_guard():
-        return parse_flags(argv)
-
-
 if __name__ == '__main__':
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_config_flags)

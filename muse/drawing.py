@@ -86,18 +86,19 @@ def batch_of(
         temperature_B = np.full(rows, config.temperature, np.float32)
     last = config.final_temperature
     last_B = temperature_B if last is None else np.full(rows, last, np.float32)
-    return Batch(
-        txt_GBSD,
-        len_GB,  # pyright: ignore[reportArgumentType]
-        seed_B,  # pyright: ignore[reportArgumentType]
-        index_B,  # pyright: ignore[reportArgumentType]
-        guidance_B,  # pyright: ignore[reportArgumentType]
-        np.stack([temperature_B, last_B]),  # pyright: ignore[reportArgumentType]
-        (np.float32(config.guidance_interval[0]), np.float32(config.guidance_interval[1])),  # pyright: ignore[reportArgumentType]
-        np.float32(config.choice_temperature),  # pyright: ignore[reportArgumentType]
-        np.int32(config.top_k) if config.top_k else None,  # pyright: ignore[reportArgumentType]
-        np.float32(config.top_p) if config.top_p < 1 else None,  # pyright: ignore[reportArgumentType]
-    )
+    fields: dict[str, Any] = {  # NumPy's arrays are JAX's once a program reads them
+        'txt_GBSD': txt_GBSD,
+        'len_GB': len_GB,
+        'seed_B': seed_B,
+        'index_B': index_B,
+        'guidance_B': guidance_B,
+        'temperature_2B': np.stack([temperature_B, last_B]),
+        'interval': (np.float32(config.guidance_interval[0]), np.float32(config.guidance_interval[1])),
+        'choice_temperature': np.float32(config.choice_temperature),
+        'top_k': np.int32(config.top_k) if config.top_k else None,
+        'top_p': np.float32(config.top_p) if config.top_p < 1 else None,
+    }
+    return Batch(**fields)
 
 
 @partial(jax.jit, static_argnames=('graph', 'grid', 'program'))

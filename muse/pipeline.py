@@ -19,7 +19,7 @@ from muse import settings as knobs
 from muse.canvas import Canvas, Grid
 from muse.cascade import Cascade, Drawn, use_compilation_cache, veiled
 from muse.config import DecodeConfig, FreeEditConfig
-from muse.data.pictures import open_picture
+from muse.data.pictures import Picture, open_picture
 from muse.errors import UserError, warn
 from muse.nn.quantized import Precision, check_precision
 from muse.release.format import Release, load_release, shipped
@@ -27,8 +27,6 @@ from muse.settings import Row, Settings, SuperresDecoding
 from muse.text.tokenizer import clean
 
 __all__ = ['Drawn', 'Muse', 'Picture', 'Row', 'Settings', 'load']
-
-Picture = Image.Image | np.ndarray | str | Path
 
 
 def load(path: str | Path | None = None, *, precision: Precision | None = None) -> Muse:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from muse.config import DecodeConfig
 from muse.decode import (
     decode_steps,
     halton_order,
@@ -19,10 +20,18 @@ from muse.decode import (
 )
 from muse.errors import UserError
 
+DEFAULT = DecodeConfig()
+KNOBS = {name: getattr(DEFAULT, name) for name in ('temperature', 'choice_temperature', 'schedule')}
+
+
+def decode_all(*arguments, **knobs):
+    """The canvas after each step; what is not said is as in `DecodeConfig`."""
+    return decode_steps(*arguments, **(KNOBS | knobs))
+
 
 def decode(*arguments, **knobs):
     """The last canvas."""
-    return decode_steps(*arguments, **knobs)[-1]
+    return decode_all(*arguments, **knobs)[-1]
 
 
 V = 11
@@ -263,7 +272,7 @@ def test_a_fixed_order_is_followed_whatever_the_confidence():
     blank = jnp.zeros((2, 24), jnp.int32)
     order_BT = jnp.asarray(np.stack([np.random.default_rng(i).permutation(24) for i in range(2)]), jnp.float32)
     canvas_KBT = np.asarray(
-        decode_steps(table_logits, blank, blank > 0, noise_keys(0, jnp.arange(2)), steps=5, order_BT=order_BT)
+        decode_all(table_logits, blank, blank > 0, noise_keys(0, jnp.arange(2)), steps=5, order_BT=order_BT)
     )
     for canvas_BT in canvas_KBT:
         known = canvas_BT != V
@@ -321,7 +330,7 @@ def test_a_temperature_a_row_and_a_step():
     flat = lambda tok, progress: jnp.zeros((*tok.shape, V)).at[..., 4].set(1.0)  # noqa: E731
     temperature_KB = jnp.array([[0.0, 9.0], [0.0, 0.0]])
     canvas_KBT = np.asarray(
-        decode_steps(flat, blank, blank > 0, noise_keys(0, jnp.arange(2)), steps=2, temperature=temperature_KB)
+        decode_all(flat, blank, blank > 0, noise_keys(0, jnp.arange(2)), steps=2, temperature=temperature_KB)
     )
     assert (canvas_KBT[1, 0] == 4).all()
     first = canvas_KBT[0, 1] != V
@@ -344,7 +353,13 @@ def check_resampling(length, steps, share, seed):
         return table_logits(tok_BT, progress)
 
     canvas_KBT = resample_steps(
-        logits_fn, jnp.asarray(canvas), jnp.asarray(keep), noise_keys(seed, jnp.arange(2)), steps=steps, share=share
+        logits_fn,
+        jnp.asarray(canvas),
+        jnp.asarray(keep),
+        noise_keys(seed, jnp.arange(2)),
+        steps=steps,
+        share=share,
+        temperature=1.0,
     )
     canvas_KBT = np.asarray(canvas_KBT)
     jax.effects_barrier()
@@ -361,6 +376,7 @@ def check_resampling(length, steps, share, seed):
 def test_resampling_visits_other_tokens_each_step():
     blank = jnp.zeros((1, 64), jnp.int32)
     hot = lambda tok, progress: jnp.zeros((*tok.shape, V)) + progress  # noqa: E731
-    run = jax.jit(lambda: resample_steps(hot, blank, blank > 0, noise_keys(0, jnp.arange(1)), steps=100, share=0.08))
+    keys = noise_keys(0, jnp.arange(1))
+    run = jax.jit(lambda: resample_steps(hot, blank, blank > 0, keys, steps=100, share=0.08, temperature=1.0))
     canvas_KBT = run()
     assert (np.asarray(canvas_KBT[-1]) != 0).mean() > 0.75  # each was drawn 8 times over; 1 in 11 falls on code 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,11 @@ from flax import nnx
 from muse.config import DecodeConfig, SuperresConfig, T5Config, TransformerConfig, VQConfig, to_dict
 from muse.release.format import VOCABULARY, graphdef_and_template, load_part, save_part
 from muse.release.storage import Storage
+
+if TYPE_CHECKING:
+    import pytest
+
+    from muse.pipeline import Muse, Row
 
 VQ = VQConfig(channels=8, channel_mult=(1, 1, 2), num_res_blocks=1, codebook_size=64, code_dim=8)
 T5 = T5Config(
@@ -38,6 +43,18 @@ SUPERRES = SuperresConfig(
     text_length=24,
 )
 DECODE = DecodeConfig(steps=4, guidance_scale=1.5, choice_temperature=1.0)
+
+
+def watch_draws(monkeypatch: pytest.MonkeyPatch, model: Muse) -> list[Row]:
+    """The first row of each batch that the model draws from here on."""
+    seen, draw = [], model.cascade.draw
+
+    def spy(rows, *rest):
+        seen.append(rows[0])
+        return draw(rows, *rest)
+
+    monkeypatch.setattr(model.cascade, 'draw', spy)
+    return seen
 
 
 def random_params(part: str, config: Any, seed: int = 0) -> nnx.State:

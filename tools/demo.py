@@ -14,9 +14,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import muse
-from muse.errors import UserError, main_guard
+from muse.errors import UserError
 from muse.evals.grids import grid
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('out', 'out', 'Folder for the pictures; made when missing.')
@@ -65,10 +65,5 @@ def main(argv: list[str]) -> None:
     print(f'{time.perf_counter() - start:.0f} s with {model.release.name}')
 
 
-def guarded(argv: list[str]) -> None:
-    with main_guard():
-        main(argv)
-
-
 if __name__ == '__main__':
-    app.run(guarded, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

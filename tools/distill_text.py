@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from muse.config import T5Config
 from muse.data import captions
-from muse.errors import UserError, main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.errors import UserError
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.text.tokenizer import Tokenizer
 from tools import text_binding, text_corpus, text_questions, text_scores, text_teacher
 
@@ -182,27 +182,25 @@ def export() -> None:
     print(json.dumps(report, indent=2))
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    with main_guard():
-        match STAGE.value:
-            case 'corpus':
-                from tools import text_build
+def main(_: list[str]) -> None:
+    match STAGE.value:
+        case 'corpus':
+            from tools import text_build
 
-                corpus_path, questions_path = path(CORPUS), path(QUESTIONS)
-                corpus, questions = text_build.build(path(TARBALLS), path(WORDNET), CAPTIONS.value)
-                text_questions.write(questions, questions_path)
-                text_corpus.write(corpus, corpus_path)
-                print(f'{CORPUS.value}: {len(corpus)} texts, {path(CORPUS).stat().st_size} bytes')
-            case 'teacher':
-                text_teacher.shrink(path(SOURCE), path(TEACHER))
-            case 'teach' | 'train' | 'export' as stage:
-                {'teach': teach, 'train': train, 'export': export}[stage]()
-            case _:
-                _checked = path(OUT), text_questions.read(path(QUESTIONS)), Tokenizer(path(VOCAB))  # told at once
-                for stage in (teach, train, export):
-                    stage()
+            corpus_path, questions_path = path(CORPUS), path(QUESTIONS)
+            corpus, questions = text_build.build(path(TARBALLS), path(WORDNET), CAPTIONS.value)
+            text_questions.write(questions, questions_path)
+            text_corpus.write(corpus, corpus_path)
+            print(f'{CORPUS.value}: {len(corpus)} texts, {path(CORPUS).stat().st_size} bytes')
+        case 'teacher':
+            text_teacher.shrink(path(SOURCE), path(TEACHER))
+        case 'teach' | 'train' | 'export' as stage:
+            {'teach': teach, 'train': train, 'export': export}[stage]()
+        case _:
+            _checked = path(OUT), text_questions.read(path(QUESTIONS)), Tokenizer(path(VOCAB))  # told at once
+            for stage in (teach, train, export):
+                stage()
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

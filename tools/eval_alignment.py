@@ -28,9 +28,9 @@ import muse
 from muse.data import scenes
 from muse.data.splits import HELDOUT_PAIRS, SPLITS, TRAIN
 from muse.data.sprites import Sprites, load_sprites
-from muse.errors import UserError, main_guard, warn
+from muse.errors import UserError, warn
 from muse.evals import alignment, features, grids
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.pipeline import Settings
 
 FLAGS = flags.FLAGS
@@ -141,17 +141,16 @@ def measure(
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        if FLAGS.num < 1:
-            raise UserError(f'--num={FLAGS.num}: give 1 or more')
-        out = Path(FLAGS.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
-        model, net = muse.load(FLAGS.model or None), features.load_features(FLAGS.features)
-        settings = model.settings(FLAGS.seed, FLAGS.steps, FLAGS.guidance_scale, FLAGS.temperature)
-        print(json.dumps(measure(model, net, settings, data=FLAGS.data, number=FLAGS.num, out=out)))
+    if FLAGS.num < 1:
+        raise UserError(f'--num={FLAGS.num}: give 1 or more')
+    out = Path(FLAGS.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    model, net = muse.load(FLAGS.model or None), features.load_features(FLAGS.features)
+    settings = model.settings(FLAGS.seed, FLAGS.steps, FLAGS.guidance_scale, FLAGS.temperature)
+    print(json.dumps(measure(model, net, settings, data=FLAGS.data, number=FLAGS.num, out=out)))
 
 
 if __name__ == '__main__':
@@ -164,4 +163,4 @@ if __name__ == '__main__':
     flags.DEFINE_float('guidance_scale', None, "guidance; the release's own when not given")
     flags.DEFINE_float('temperature', None, "of the token sampling; the release's own when not given")
     flags.DEFINE_string('out', None, 'folder for the sheets and the gallery features', required=True)
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

@@ -28,11 +28,12 @@ from muse.config import DataConfig
 from muse.data.examples import BadExample, Source
 from muse.data.sources import open_source
 from muse.data.splits import HELDOUT_PAIRS
-from muse.errors import UserError, main_guard, warn
+from muse.errors import UserError, warn
 from muse.evals import masked
 from muse.evals.judged import heldout_data
+from muse.jobs.command_line import guarded
 from muse.release.format import Part, graphdef_and_template, load_part, shipped
-from muse.train.command_line import parse_flags
+from muse.train.command_line import parse_config_flags
 
 FLAGS = flags.FLAGS
 
@@ -90,27 +91,21 @@ def measure(
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        for name, value in {'num': FLAGS.num, 'masks': FLAGS.masks, 'batch_size': FLAGS.batch_size}.items():
-            if value < 1:
-                raise UserError(f'--{name}={value}: give 1 or more')
-        logging.set_verbosity(logging.WARNING)
-        model = muse.load(FLAGS.model or None)
-        result = measure(
-            model,
-            load_part(FLAGS.model or shipped(), 'base'),
-            wanted(model),
-            number=FLAGS.num,
-            seed=FLAGS.seed,
-            masks=FLAGS.masks,
-            batch_size=FLAGS.batch_size,
-        )
-        print(json.dumps(result))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    with main_guard():
-        return parse_flags(argv)
+    for name, value in {'num': FLAGS.num, 'masks': FLAGS.masks, 'batch_size': FLAGS.batch_size}.items():
+        if value < 1:
+            raise UserError(f'--{name}={value}: give 1 or more')
+    logging.set_verbosity(logging.WARNING)
+    model = muse.load(FLAGS.model or None)
+    result = measure(
+        model,
+        load_part(FLAGS.model or shipped(), 'base'),
+        wanted(model),
+        number=FLAGS.num,
+        seed=FLAGS.seed,
+        masks=FLAGS.masks,
+        batch_size=FLAGS.batch_size,
+    )
+    print(json.dumps(result))
 
 
 if __name__ == '__main__':
@@ -122,4 +117,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('masks', 4, 'masks a picture')
     flags.DEFINE_integer('batch_size', 8, 'pictures at a time')
     flags.DEFINE_integer('seed', 0, 'of the masks and the wrong captions')
-    app.run(main, flags_parser=_parse)
+    app.run(guarded(main), flags_parser=parse_config_flags)

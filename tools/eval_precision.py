@@ -34,9 +34,9 @@ from muse import drawing
 from muse.config import DataConfig, DecodeConfig
 from muse.data.sources import open_source
 from muse.data.splits import HELDOUT_PAIRS
-from muse.errors import UserError, main_guard
+from muse.errors import UserError
 from muse.evals import masked
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.masking import mask_ratio, random_mask
 from muse.models.transformer import Transformer
 from muse.nn.layers import cast_matrices
@@ -152,22 +152,21 @@ def measure_random(layers: int) -> Iterator[dict[str, Any]]:
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        for name, least in {'num': BATCH, 'masks': 1, 'draw': 1, 'random_layers': 0}.items():
-            if int(FLAGS[name].value or 0) < least:
-                raise UserError(f'--{name}={FLAGS[name].value}: give {least} or more')
-        logging.set_verbosity(logging.WARNING)
-        if FLAGS.random_layers:
-            for case in measure_random(FLAGS.random_layers):
-                print(json.dumps(case), flush=True)
-            return
-        folder = FLAGS.model or shipped()
-        model, base = muse.load(folder), load_part(folder, 'base')
-        side = base.config.grid[0] * model.release.tokenizer.config.factor
-        data = DataConfig(kind='scenes', path=FLAGS.data, split=FLAGS.split, image_size=side)
-        knobs = {'number': FLAGS.num, 'seed': FLAGS.seed, 'masks': FLAGS.masks, 'draw': FLAGS.draw}
-        for case in measure(model, base, data, **knobs):
+    for name, least in {'num': BATCH, 'masks': 1, 'draw': 1, 'random_layers': 0}.items():
+        if int(FLAGS[name].value or 0) < least:
+            raise UserError(f'--{name}={FLAGS[name].value}: give {least} or more')
+    logging.set_verbosity(logging.WARNING)
+    if FLAGS.random_layers:
+        for case in measure_random(FLAGS.random_layers):
             print(json.dumps(case), flush=True)
+        return
+    folder = FLAGS.model or shipped()
+    model, base = muse.load(folder), load_part(folder, 'base')
+    side = base.config.grid[0] * model.release.tokenizer.config.factor
+    data = DataConfig(kind='scenes', path=FLAGS.data, split=FLAGS.split, image_size=side)
+    knobs = {'number': FLAGS.num, 'seed': FLAGS.seed, 'masks': FLAGS.masks, 'draw': FLAGS.draw}
+    for case in measure(model, base, data, **knobs):
+        print(json.dumps(case), flush=True)
 
 
 if __name__ == '__main__':
@@ -179,4 +178,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('draw', 8, 'pictures to draw')
     flags.DEFINE_integer('seed', 0, 'of the masks, the wrong captions and the drawings')
     flags.DEFINE_integer('random_layers', 0, "instead: so many random layers of the paper's 632M base")
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

@@ -20,9 +20,9 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import muse
-from muse.errors import UserError, main_guard
+from muse.errors import UserError
 from muse.evals.grids import grid
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 
 FLAGS = flags.FLAGS
 COLOURS = {
@@ -80,23 +80,22 @@ def _rgb(colour: str) -> np.ndarray:
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        out = Path(FLAGS.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"'{out}' cannot be made a folder ({error.strerror}): choose another --out") from None
-        model = muse.load(FLAGS.model or None)
-        asked = [each for each in prompts() for _ in range(FLAGS.num_images)]
-        images = model.generate(
-            [prompt for prompt, _, _ in prompts()], num_images=FLAGS.num_images, steps=FLAGS.steps, seed=FLAGS.seed
-        )
-        pictures = [np.asarray(image) for image in images]
-        right = np.array([sides(img_HWC, *each[1:]) for img_HWC, each in zip(pictures, asked, strict=True)])
-        sheet = out / 'sides.png'
-        grid(np.stack(pictures), columns=2 * FLAGS.num_images, captions=[each[0] for each in asked]).save(sheet)
-        counts = {'pictures': len(right), 'both_right': int(right.all(axis=1).sum()), 'sides_right': int(right.sum())}
-        print(json.dumps({**counts, 'sides': right.size, 'model': model.release.name, 'sheet': str(sheet)}))
+    out = Path(FLAGS.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be made a folder ({error.strerror}): choose another --out") from None
+    model = muse.load(FLAGS.model or None)
+    asked = [each for each in prompts() for _ in range(FLAGS.num_images)]
+    images = model.generate(
+        [prompt for prompt, _, _ in prompts()], num_images=FLAGS.num_images, steps=FLAGS.steps, seed=FLAGS.seed
+    )
+    pictures = [np.asarray(image) for image in images]
+    right = np.array([sides(img_HWC, *each[1:]) for img_HWC, each in zip(pictures, asked, strict=True)])
+    sheet = out / 'sides.png'
+    grid(np.stack(pictures), columns=2 * FLAGS.num_images, captions=[each[0] for each in asked]).save(sheet)
+    counts = {'pictures': len(right), 'both_right': int(right.all(axis=1).sum()), 'sides_right': int(right.sum())}
+    print(json.dumps({**counts, 'sides': right.size, 'model': model.release.name, 'sheet': str(sheet)}))
 
 
 if __name__ == '__main__':
@@ -105,4 +104,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('num_images', 3, 'pictures a prompt', lower_bound=1)
     flags.DEFINE_integer('steps', 12, 'decoding steps', lower_bound=1)
     flags.DEFINE_integer('seed', 0, 'of the drawing')
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

@@ -19,8 +19,7 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from muse.errors import main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.models.t5 import T5Encoder
 from muse.release.format import load_part
 from muse.text.tokenizer import Tokenizer
@@ -33,28 +32,26 @@ CORPUS = flags.DEFINE_string('corpus', None, 'Corpus to look for the answers in.
 TEACHER = flags.DEFINE_string('teacher', None, 'Folder of the teacher, to count it too.')
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    with main_guard():
-        part = load_part(MODEL.value, 'text_encoder')
-        encoder = T5Encoder(part.config, rngs=nnx.Rngs(params=0))
-        nnx.update(encoder, part.params)
-        tokenizer = Tokenizer(Path(MODEL.value) / 'spiece.model')
-        questions = text_questions.read(Path(QUESTIONS.value))
-        report = {}
-        if CORPUS.value:
-            given_away = sum(questions.forbids(text) for _, text in text_corpus.read(Path(CORPUS.value)))
-            report['texts_that_hold_an_answer'] = given_away
-        encoders = {
-            'student': lambda: student_states(encoder, tokenizer),
-            'bag_of_embeddings': lambda: embedding_states(encoder, tokenizer),
-            'bag_of_ngrams': lambda: ngram_states,
-        }
-        if teacher := TEACHER.value:
-            encoders['teacher'] = lambda: teacher_states(Path(teacher))
-        report |= {name: scores(make(), questions) for name, make in encoders.items()}
-        print(json.dumps(report, indent=2))
+def main(_: list[str]) -> None:
+    part = load_part(MODEL.value, 'text_encoder')
+    encoder = T5Encoder(part.config, rngs=nnx.Rngs(params=0))
+    nnx.update(encoder, part.params)
+    tokenizer = Tokenizer(Path(MODEL.value) / 'spiece.model')
+    questions = text_questions.read(Path(QUESTIONS.value))
+    report = {}
+    if CORPUS.value:
+        given_away = sum(questions.forbids(text) for _, text in text_corpus.read(Path(CORPUS.value)))
+        report['texts_that_hold_an_answer'] = given_away
+    encoders = {
+        'student': lambda: student_states(encoder, tokenizer),
+        'bag_of_embeddings': lambda: embedding_states(encoder, tokenizer),
+        'bag_of_ngrams': lambda: ngram_states,
+    }
+    if teacher := TEACHER.value:
+        encoders['teacher'] = lambda: teacher_states(Path(teacher))
+    report |= {name: scores(make(), questions) for name, make in encoders.items()}
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

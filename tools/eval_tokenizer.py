@@ -35,13 +35,14 @@ from muse import tiling
 from muse.config import DataConfig
 from muse.data.pictures import BadPicture, open_picture, picture_files, read_picture
 from muse.data.splits import HELDOUT_LABELS
-from muse.errors import UserError, main_guard, warn
+from muse.errors import UserError, warn
 from muse.evals import features, grids, reconstruction
 from muse.evals.judged import heldout_data
+from muse.jobs.command_line import guarded
 from muse.models import perceptual
 from muse.release.format import Part, shipped
 from muse.release.public_vq import load_tokenizer
-from muse.train.command_line import parse_flags
+from muse.train.command_line import parse_config_flags
 
 FLAGS = flags.FLAGS
 SIZE = 256
@@ -146,29 +147,23 @@ def _check_flags() -> None:
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        _check_flags()
-        out = Path(FLAGS.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
-        part = load_tokenizer(FLAGS.model or shipped())
-        nets: dict[str, Any] = {'judges': {}, 'feature_net': None}
-        if FLAGS.perceptual:
-            nets['judges'] = {f'lpips_{a}': perceptual.load_lpips(FLAGS.perceptual, a) for a in ('vgg', 'alex')}
-        if FLAGS.features:
-            nets['feature_net'] = features.load_features(FLAGS.features)
-        result, sheet = judge_whole(part, nets) if FLAGS.whole else judge_batches(part, nets)
-        on = {'pictures_of': FLAGS.pictures} if FLAGS.pictures else {'split': wanted().split}
-        path = out / f'reconstructions_{"folder" if FLAGS.pictures else on["split"]}.png'
-        sheet.save(path)
-        print(json.dumps(result | {'tokenizer': part.hash[:12] or FLAGS.model} | on | {'grid': str(path)}))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    with main_guard():
-        return parse_flags(argv)
+    _check_flags()
+    out = Path(FLAGS.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    part = load_tokenizer(FLAGS.model or shipped())
+    nets: dict[str, Any] = {'judges': {}, 'feature_net': None}
+    if FLAGS.perceptual:
+        nets['judges'] = {f'lpips_{a}': perceptual.load_lpips(FLAGS.perceptual, a) for a in ('vgg', 'alex')}
+    if FLAGS.features:
+        nets['feature_net'] = features.load_features(FLAGS.features)
+    result, sheet = judge_whole(part, nets) if FLAGS.whole else judge_batches(part, nets)
+    on = {'pictures_of': FLAGS.pictures} if FLAGS.pictures else {'split': wanted().split}
+    path = out / f'reconstructions_{"folder" if FLAGS.pictures else on["split"]}.png'
+    sheet.save(path)
+    print(json.dumps(result | {'tokenizer': part.hash[:12] or FLAGS.model} | on | {'grid': str(path)}))
 
 
 if __name__ == '__main__':
@@ -189,4 +184,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('perceptual', '', 'folder of LPIPS weights')
     flags.DEFINE_string('features', '', 'folder of the feature net')
     flags.DEFINE_string('out', None, 'folder for the sheet', required=True)
-    app.run(main, flags_parser=_parse)
+    app.run(guarded(main), flags_parser=parse_config_flags)

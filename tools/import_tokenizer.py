@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from absl import app, flags
 
 from muse.config import Dtype
-from muse.errors import main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.release.format import save_part
 from muse.release.public_vq import load_public
 from muse.release.storage import Storage
@@ -28,14 +27,11 @@ FLAGS = flags.FLAGS
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        config, params = load_public(FLAGS.weights, FLAGS.dtype)
-        extra = {'imported_from': Path(FLAGS.weights).resolve().name}
-        found = save_part(FLAGS.out, 'tokenizer', config=config, params=params, storage=FLAGS.storage, extra=extra)
-        print(f'{FLAGS.out}: tokenizer {found[:12]}, {config.factor}x{config.factor} pixels a token')
-        print(
-            f"in a config of a base: 'tokenizer': '{FLAGS.out}', 'model': {{'codebook_size': {config.codebook_size}}}"
-        )
+    config, params = load_public(FLAGS.weights, FLAGS.dtype)
+    extra = {'imported_from': Path(FLAGS.weights).resolve().name}
+    found = save_part(FLAGS.out, 'tokenizer', config=config, params=params, storage=FLAGS.storage, extra=extra)
+    print(f'{FLAGS.out}: tokenizer {found[:12]}, {config.factor}x{config.factor} pixels a token')
+    print(f"in a config of a base: 'tokenizer': '{FLAGS.out}', 'model': {{'codebook_size': {config.codebook_size}}}")
 
 
 if __name__ == '__main__':
@@ -43,4 +39,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'release folder; other parts in it are kept', required=True)
     flags.DEFINE_enum('storage', 'float32', get_args(Storage), 'type of the stored weights')
     flags.DEFINE_enum('dtype', 'float32', get_args(Dtype), 'type it is computed in')
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

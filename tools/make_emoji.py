@@ -25,8 +25,8 @@ from absl import app, flags
 from muse.data.art import Art, load_art
 from muse.data.raster import default_workers, draw, parallel_map
 from muse.data.splits import SPLITS, assign_splits
-from muse.errors import UserError, main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.errors import UserError
+from muse.jobs.command_line import guarded, parse_only_flags
 
 _OUT = flags.DEFINE_string('out', '', 'folder for the dataset')
 _TARBALLS = flags.DEFINE_string('tarballs', '', 'folder of npm tarballs, or a bundle; without it npm brings them')
@@ -48,16 +48,15 @@ _SAMPLE_LABELS = (  # simple, well-known subjects
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        if _WORKERS.value < 0 or _CACHE_SIZE.value < 0:
-            raise UserError('--workers and --cache_size must not be negative')
-        chosen = [name for name in ('out', 'bundle', 'sample') if flags.FLAGS[name].value]
-        if len(chosen) != 1:
-            raise UserError('say one of --out=DIR, --bundle=FILE or --sample=DIR')
-        source = Path(_TARBALLS.value) if _TARBALLS.value else None
-        if source is not None and not source.exists():
-            raise UserError(f'{source} does not exist: check --tarballs')
-        {'out': _build, 'bundle': _bundle, 'sample': _sample}[chosen[0]](source, _WORKERS.value or default_workers())
+    if _WORKERS.value < 0 or _CACHE_SIZE.value < 0:
+        raise UserError('--workers and --cache_size must not be negative')
+    chosen = [name for name in ('out', 'bundle', 'sample') if flags.FLAGS[name].value]
+    if len(chosen) != 1:
+        raise UserError('say one of --out=DIR, --bundle=FILE or --sample=DIR')
+    source = Path(_TARBALLS.value) if _TARBALLS.value else None
+    if source is not None and not source.exists():
+        raise UserError(f'{source} does not exist: check --tarballs')
+    {'out': _build, 'bundle': _bundle, 'sample': _sample}[chosen[0]](source, _WORKERS.value or default_workers())
 
 
 def _make_folder(folder: Path) -> None:
@@ -169,4 +168,4 @@ def _attribution(art: list[Art]) -> str:
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

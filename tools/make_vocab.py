@@ -14,8 +14,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from muse.errors import main_guard
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from tools import text_build, text_corpus
 
 CORPUS = flags.DEFINE_string('corpus', None, 'Corpus file.', required=True)
@@ -23,15 +22,13 @@ OUT = flags.DEFINE_string('out', None, 'File to write.', required=True)
 SIZE = flags.DEFINE_integer('size', 4096, 'Pieces, the 256 bytes and 3 special ones included.', lower_bound=600)
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    with main_guard():
-        model = text_build.train_vocabulary(text_corpus.read(Path(CORPUS.value)), SIZE.value)
-        partial = Path(f'{OUT.value}.partial')
-        partial.write_bytes(model)
-        partial.replace(OUT.value)
-        print(f'{OUT.value}: {SIZE.value} pieces, {len(model)} bytes')
+def main(_: list[str]) -> None:
+    model = text_build.train_vocabulary(text_corpus.read(Path(CORPUS.value)), SIZE.value)
+    partial = Path(f'{OUT.value}.partial')
+    partial.write_bytes(model)
+    partial.replace(OUT.value)
+    print(f'{OUT.value}: {SIZE.value} pieces, {len(model)} bytes')
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

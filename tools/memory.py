@@ -20,32 +20,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from muse.aot.compile import DoesNotFit, compile_here
 from muse.config import read_run
-from muse.errors import UserError, main_guard
-from muse.train.command_line import parse_flags
+from muse.errors import UserError
+from muse.jobs.command_line import guarded
+from muse.train.command_line import parse_config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/; its keys are set by --config.a.b=value.')
 
 
 def main(_: list[str]) -> None:
     """Prints the line."""
-    with main_guard():
-        if _CONFIG.value is None:
-            raise UserError('tools/memory.py needs --config=FILE')
-        run = read_run(_CONFIG.value.to_dict())
-        try:
-            program = compile_here(run)
-        except DoesNotFit as error:
-            raise UserError(f'a device needs {error.needed} of memory: raise --config.train.accumulate') from None
-        state = sum(size for name, size in program.state_bytes.items() if name != 'batch')
-        found = {'state': state, 'temporaries': program.temporaries, 'all': program.memory}
-        about = {'parameters': program.parameters, 'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
-        print(json.dumps({name: round(size / 2**30, 2) for name, size in found.items()} | about))
-
-
-def _parse(argv: list[str]) -> list[str]:
-    with main_guard():
-        return parse_flags(argv)
+    if _CONFIG.value is None:
+        raise UserError('tools/memory.py needs --config=FILE')
+    run = read_run(_CONFIG.value.to_dict())
+    try:
+        program = compile_here(run)
+    except DoesNotFit as error:
+        raise UserError(f'a device needs {error.needed} of memory: raise --config.train.accumulate') from None
+    state = sum(size for name, size in program.state_bytes.items() if name != 'batch')
+    found = {'state': state, 'temporaries': program.temporaries, 'all': program.memory}
+    about = {'parameters': program.parameters, 'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
+    print(json.dumps({name: round(size / 2**30, 2) for name, size in found.items()} | about))
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=_parse)
+    app.run(guarded(main), flags_parser=parse_config_flags)

@@ -32,10 +32,11 @@ from muse.config import BaseRun, DataConfig, Dtype, MeshConfig, Run, read_run
 from muse.data.precomputed import Split
 from muse.data.sources import open_source
 from muse.data.splits import TRAIN
-from muse.errors import UserError, main_guard
+from muse.errors import UserError
+from muse.jobs.command_line import guarded
 from muse.mesh import make_mesh
 from muse.release.format import shipped
-from muse.train.command_line import parse_flags, use_compilation_cache
+from muse.train.command_line import parse_config_flags, use_compilation_cache
 from muse.train.hosts import join
 
 if TYPE_CHECKING:
@@ -66,28 +67,27 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of the order and of the scenes.')
 
 def main(_: list[str]) -> None:
     """Reads the flags, loads the nets, writes the splits."""
-    with main_guard():
-        if _CONFIG.value is None or not _OUT.value or _NUM.value is None:
-            raise UserError('tools/precompute.py needs --config=FILE, --tokenizer=FOLDER, --out=FOLDER and --num=N')
-        run = read_run(_CONFIG.value.to_dict())
-        tokenizer, text = _frozen(run)
-        logging.set_verbosity(logging.WARNING)
-        if _DISTRIBUTED.value:
-            join()
-        use_compilation_cache()
-        from muse.train.precompute import load_nets
+    if _CONFIG.value is None or not _OUT.value or _NUM.value is None:
+        raise UserError('tools/precompute.py needs --config=FILE, --tokenizer=FOLDER, --out=FOLDER and --num=N')
+    run = read_run(_CONFIG.value.to_dict())
+    tokenizer, text = _frozen(run)
+    logging.set_verbosity(logging.WARNING)
+    if _DISTRIBUTED.value:
+        join()
+    use_compilation_cache()
+    from muse.train.precompute import load_nets
 
-        wanted = _SPLIT.value or [run.data.split or TRAIN]
-        sources = [dataclasses.replace(run.data, split=split) for split in wanted]
-        for data in sources:
-            open_source(data)  # what is wrong with it is said before the nets are loaded
-        mesh = make_mesh(MeshConfig(), jax.local_devices())
-        dtype = cast(Dtype | None, _TEXT_DTYPE.value)
-        nets = load_nets(tokenizer, text, run.data.text_length, mesh, _LOW.value, _LOW_RATIO.value, dtype)
-        for data in sources:
-            found = _write(data, nets, Path(_OUT.value), _NUM.value)
-            if jax.process_index() == 0:
-                _report(Path(_OUT.value), data.split, found)
+    wanted = _SPLIT.value or [run.data.split or TRAIN]
+    sources = [dataclasses.replace(run.data, split=split) for split in wanted]
+    for data in sources:
+        open_source(data)  # what is wrong with it is said before the nets are loaded
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    dtype = cast(Dtype | None, _TEXT_DTYPE.value)
+    nets = load_nets(tokenizer, text, run.data.text_length, mesh, _LOW.value, _LOW_RATIO.value, dtype)
+    for data in sources:
+        found = _write(data, nets, Path(_OUT.value), _NUM.value)
+        if jax.process_index() == 0:
+            _report(Path(_OUT.value), data.split, found)
 
 
 def _frozen(run: Run) -> tuple[str, str]:
@@ -137,10 +137,5 @@ def _report(folder: Path, split: str, found: Split) -> None:
         print(f"cut, for one: '{caption}' lost all from '{lost}' on")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    with main_guard():
-        return parse_flags(argv)
-
-
 if __name__ == '__main__':
-    app.run(main, flags_parser=_parse)
+    app.run(guarded(main), flags_parser=parse_config_flags)

@@ -20,8 +20,8 @@ from PIL import Image
 
 from muse import tiling
 from muse.data.pictures import open_picture
-from muse.errors import UserError, main_guard, warn
-from muse.jobs.command_line import parse
+from muse.errors import UserError, warn
+from muse.jobs.command_line import guarded, parse
 from muse.release.format import shipped
 from muse.release.public_vq import load_tokenizer
 
@@ -29,24 +29,23 @@ FLAGS = flags.FLAGS
 
 
 def main(arguments: list[str]) -> None:
-    with main_guard():
-        paths, out = [Path(name) for name in arguments[1:]], Path(FLAGS.out)
-        if not paths:
-            raise UserError('no pictures given: name one or more picture files')
-        if len({path.stem for path in paths}) < len(paths):
-            raise UserError('two pictures have the same name, and would overwrite each other: rename one')
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
-        for path in paths:
-            if os.path.exists(path) and (out / f'{path.stem}.png').resolve() == path.resolve():
-                raise UserError(f"the reconstruction of '{path}' would overwrite it: choose another --out")
-        part = load_tokenizer(FLAGS.model or shipped())
-        tokenizer = tiling.tiled_tokenizer(part.config, part.params, tile=FLAGS.tile, overlap=FLAGS.overlap)
-        left_out = [path for path in paths if not _reconstruct(tokenizer, path, out / f'{path.stem}.png')]
-        if left_out:
-            raise UserError(f'{len(left_out)} of {len(paths)} pictures could not be read: see the warnings above')
+    paths, out = [Path(name) for name in arguments[1:]], Path(FLAGS.out)
+    if not paths:
+        raise UserError('no pictures given: name one or more picture files')
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError('two pictures have the same name, and would overwrite each other: rename one')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    for path in paths:
+        if os.path.exists(path) and (out / f'{path.stem}.png').resolve() == path.resolve():
+            raise UserError(f"the reconstruction of '{path}' would overwrite it: choose another --out")
+    part = load_tokenizer(FLAGS.model or shipped())
+    tokenizer = tiling.tiled_tokenizer(part.config, part.params, tile=FLAGS.tile, overlap=FLAGS.overlap)
+    left_out = [path for path in paths if not _reconstruct(tokenizer, path, out / f'{path.stem}.png')]
+    if left_out:
+        raise UserError(f'{len(left_out)} of {len(paths)} pictures could not be read: see the warnings above')
 
 
 def _reconstruct(tokenizer: tiling.TiledTokenizer, path: Path, target: Path) -> bool:
@@ -69,4 +68,4 @@ if __name__ == '__main__':
     flags.DEFINE_string('out', None, 'folder for the pictures', required=True)
     flags.DEFINE_integer('tile', 512, 'side of a tile in pixels')
     flags.DEFINE_integer('overlap', 128, 'least pixels that neighbouring tiles share')
-    app.run(main, flags_parser=parse)
+    app.run(guarded(main), flags_parser=parse)

@@ -37,10 +37,10 @@ import muse
 from muse.data import scenes
 from muse.data.splits import HELDOUT_PAIRS, SPLITS
 from muse.data.sprites import load_sprites
-from muse.errors import UserError, main_guard
+from muse.errors import UserError
 from muse.evals import alignment, features
 from muse.evals.reconstruction import frechet_distance
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.pipeline import Row
 from tools.eval_alignment import make_gallery, measured
 
@@ -164,20 +164,19 @@ def chart(points: list[dict[str, Any]]) -> Image.Image:
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        if FLAGS.num < 2:
-            raise UserError(f'--num={FLAGS.num}: give 2 or more')
-        out = Path(FLAGS.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
-        model, net = muse.load(FLAGS.model), features.load_features(FLAGS.features)
-        bench = Bench(model, net, data=FLAGS.data, number=FLAGS.num, seed=FLAGS.seed, out=out)
-        points = measure(bench, FLAGS.vary or list(VALUES), out, FLAGS.batch_size)
-        (out / 'curves.md').write_text(tables(points), encoding='utf-8')
-        if any(point['knob'] == 'guidance_scale' for point in points):
-            chart(points).save(out / 'sampling_curve.png', optimize=True)
+    if FLAGS.num < 2:
+        raise UserError(f'--num={FLAGS.num}: give 2 or more')
+    out = Path(FLAGS.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    model, net = muse.load(FLAGS.model), features.load_features(FLAGS.features)
+    bench = Bench(model, net, data=FLAGS.data, number=FLAGS.num, seed=FLAGS.seed, out=out)
+    points = measure(bench, FLAGS.vary or list(VALUES), out, FLAGS.batch_size)
+    (out / 'curves.md').write_text(tables(points), encoding='utf-8')
+    if any(point['knob'] == 'guidance_scale' for point in points):
+        chart(points).save(out / 'sampling_curve.png', optimize=True)
 
 
 if __name__ == '__main__':
@@ -189,4 +188,4 @@ if __name__ == '__main__':
     flags.DEFINE_integer('batch_size', 64, 'pictures at a time on an accelerator')
     flags.DEFINE_integer('seed', 0, 'choice of the pairs, and the drawing')
     flags.DEFINE_multi_enum('vary', [], list(VALUES), 'only these knobs')
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import muse
 from muse.config import FreeEditConfig
-from muse.errors import UserError, main_guard
+from muse.errors import UserError
 from muse.evals.grids import grid
-from muse.jobs.command_line import parse_only_flags
+from muse.jobs.command_line import guarded, parse_only_flags
 from muse.pipeline import Row, Settings
 
 FLAGS = flags.FLAGS
@@ -115,17 +115,16 @@ SHEETS = {'edits': edits, 'guidance': guidance, 'steps': steps, 'orders': orders
 
 
 def main(_: list[str]) -> None:
-    with main_guard():
-        out = Path(FLAGS.out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
-        model = muse.load(FLAGS.model)
-        for name in FLAGS.sheet or SHEETS:
-            path = out / f'sampling_{name}.webp'
-            SHEETS[name](model, FLAGS.seed).save(path, quality=QUALITY, method=6)
-            print(f'{path}  {path.stat().st_size // 1000} kB')
+    out = Path(FLAGS.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    model = muse.load(FLAGS.model)
+    for name in FLAGS.sheet or SHEETS:
+        path = out / f'sampling_{name}.webp'
+        SHEETS[name](model, FLAGS.seed).save(path, quality=QUALITY, method=6)
+        print(f'{path}  {path.stat().st_size // 1000} kB')
 
 
 if __name__ == '__main__':
@@ -133,4 +132,4 @@ if __name__ == '__main__':
     flags.DEFINE_multi_enum('sheet', [], list(SHEETS), 'only these sheets')
     flags.DEFINE_string('model', None, 'release folder; the shipped one when not given')
     flags.DEFINE_integer('seed', 0, 'of every picture')
-    app.run(main, flags_parser=parse_only_flags)
+    app.run(guarded(main), flags_parser=parse_only_flags)

@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,8 +311,3 @@ def warn_skipped(skipped: list[str]) -> None:
     if skipped:
         shown = ', '.join(skipped[:5]) + (' …' if len(skipped) > 5 else '')
         warn(f'{len(skipped)} pictures could not be drawn and were skipped: {shown}')
-
-
-def count_styles(art: list[Art]) -> Counter[str]:
-    """Pictures of each style."""
-    return Counter(piece.style for piece in art)

@@ -23,6 +23,8 @@ MAX_SIDE = 16_384
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 
+Picture = Image.Image | np.ndarray | str | Path  # of any mode, uint8 pixels [H, W, 3], or a file's path
+
 _ALPHA_MODES = ('RGBA', 'RGBa', 'LA', 'La', 'PA')
 
 
@@ -30,7 +32,7 @@ class BadPicture(ValueError):
     """A picture that cannot be used; the message says why."""
 
 
-def open_picture(source: str | Path | bytes | Image.Image | np.ndarray) -> np.ndarray:
+def open_picture(source: Picture | bytes) -> np.ndarray:
     """The pixels of a picture at its own size.
 
     Args:

@@ -89,7 +89,7 @@ def decode_record(record: bytes, text_length: int) -> dict[str, Any]:
         'tok' int32 [T], 'txt' bfloat16 [len, D] (a view of the record, not padded), 'len' int32 scalar; 'low' int32
         [T2] where it is stored.
     """
-    tensors, _ = _parse(record)
+    tensors = _parse(record)
     txt_SD = tensors['txt'][:text_length]
     tokens = {name: tensors[name].astype(np.int32) for name in ('tok', 'low') if name in tensors}
     return {**tokens, 'txt': txt_SD, 'len': np.int32(len(txt_SD))}
@@ -128,22 +128,17 @@ class TextPadder:
         return len(self._arrays) - 1
 
 
-def record_caption(record: bytes) -> str:
-    """The caption of one record."""
-    return _parse(record)[1]['caption']
-
-
-def _parse(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors (views of the bytes) and metadata of a safetensors file; the package's own reader drops the metadata."""
+def _parse(record: bytes) -> dict[str, np.ndarray]:
+    """Tensors of a safetensors file, views of its bytes: the package's own reader copies them."""
     (length,) = struct.unpack_from('<Q', record)
     header = json.loads(record[8 : 8 + length])
-    metadata = header.pop('__metadata__')
+    del header['__metadata__']  # the caption
     tensors = {}
     for name, spec in header.items():
         dtype, (begin, end) = _DTYPES[spec['dtype']], spec['data_offsets']
         flat = np.frombuffer(record, dtype, (end - begin) // dtype.itemsize, 8 + length + begin)
         tensors[name] = flat.reshape(spec['shape'])
-    return tensors, metadata
+    return tensors
 
 
 def read_meta(folder: Path) -> Meta:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image
 
 from muse.cascade import UNKNOWN
-from muse.data.pictures import MAX_PIXELS, MAX_SIDE
+from muse.data.pictures import MAX_PIXELS, MAX_SIDE, Picture
 from muse.editing import regions
 from muse.editing.regions import Box
 from muse.errors import UserError, warn
@@ -31,7 +29,7 @@ SIDES = ('left', 'top', 'right', 'bottom')
 def inpaint(
     model: Muse,
     img_HWC: UInt8[np.ndarray, 'H W 3'],
-    mask: Image.Image | np.ndarray | str | Path,
+    mask: Picture,
     prompt: str,
     settings: Settings,
     context: float,

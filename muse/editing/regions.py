@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from muse.data.pictures import open_picture
+from muse.data.pictures import Picture, open_picture
 from muse.errors import UserError
 
 FEATHER = 64  # the blend at a hole's rim takes 1/64 of the box's short side
@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]
 Size = tuple[int, int]  # width, height
 
 
-def open_mask(mask: Image.Image | np.ndarray | str | Path, size: Size) -> Bool[np.ndarray, 'H W']:
+def open_mask(mask: Picture, size: Size) -> Bool[np.ndarray, 'H W']:
     """Where to repaint: where the mask is at least half grey.
 
     Args:

@@ -82,8 +82,8 @@ def processes() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def guarded(main: Callable[[list[str]], int]) -> Callable[[list[str]], None]:
-    """A script's `main`, which returns its exit code, for `app.run`: a `UserError` is one line and exit code 2."""
+def guarded(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], None]:
+    """A script's `main`, which may return an exit code, for `app.run`: a `UserError` is one line and exit code 2."""
 
     def script(argv: list[str]) -> None:
         with main_guard():

@@ -16,23 +16,18 @@ from muse.jobs import extras
 from muse.jobs.edits import COLUMNS, Edit, Editing, EditKnobs, before, hole, make_item, read_edit
 from muse.jobs.plan import Item, Names
 from muse.jobs.rows import Reject, Table, read_table
-from muse.jobs.run import Report, open_store, picture_files, png, refuse_all, run, say_rejects
+from muse.jobs.run import Job, Report, open_store, picture_files, png, refuse_all, run_job
 from muse.jobs.stores import STRIP, Files
 from muse.pipeline import Muse
 from muse.settings import count
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditJob:
+class EditJob(Job):
     """What edit.py is asked for."""
 
-    out: str
-    jobs_file: str | None = None  # where rows come from, for messages
-    form: str = 'folder'  # or 'webdataset'
-    shard_size: int = 1000
     strip: bool = False
     frames: Sequence[int] = ()  # iterations of a mask-free edit that the strip shows
-    overwrite: bool = False
 
 
 def read_edits(values: dict[str, Any], file: str | None) -> Table[Edit]:
@@ -57,7 +52,7 @@ def edit_all(
     rejects = list(given.rejects)
     items = _checked(model, knobs, given, rejects, job)
     if not items:
-        refuse_all(job.jobs_file, job.out, rejects, process)
+        refuse_all(job, rejects, process)
     plan = Editing(items, 1 if job.form == 'folder' else job.shard_size)
     store = open_store(job.out, job.form, [STRIP] * job.strip, process, processes)
 
@@ -69,11 +64,7 @@ def edit_all(
         files = picture_files(pictures[-1], item.about, item.about_json)
         return files | ({STRIP: png(extras.strip(pictures), {})} if job.strip else {})
 
-    def begin() -> None:
-        say_rejects(job.jobs_file, store.place, rejects, process)
-
-    outcome = run(plan, store, draw, pack, begin=begin, process=process, count=processes, overwrite=job.overwrite)
-    return Report(outcome, len(items), len(rejects))
+    return run_job(job, plan, store, draw, pack, rejects, process, processes)
 
 
 def _checked(model: Muse, knobs: EditKnobs, given: Table[Edit], rejects: list[Reject], job: EditJob) -> list[Item]:

@@ -145,6 +145,11 @@ class Editing:
         """The edits of a unit."""
         return list(self._items[unit * self._unit : (unit + 1) * self._unit])
 
+    @property
+    def pictures(self) -> int:
+        """How many in all."""
+        return len(self._items)
+
 
 def make_item(model: Muse, edit: Edit, shared: EditKnobs, names: Names) -> Item:
     """Checks a row against its picture; raises UserError for what cannot be edited so."""

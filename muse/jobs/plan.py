@@ -40,6 +40,11 @@ class Plan(Protocol):
         """The pictures of a unit."""
         ...
 
+    @property
+    def pictures(self) -> int:
+        """How many in all."""
+        ...
+
 
 def all_items(plan: Plan) -> Iterator[tuple[int, Item]]:
     """Every picture of a job with its unit, in the order of drawing."""

@@ -33,6 +33,17 @@ Draw = Callable[[int, list[Item]], Iterable[Any]]  # unit, its pictures → one 
 Pack = Callable[[Item, Any], Files]  # a result → the picture's files
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every job is asked for."""
+
+    out: str
+    rows_file: str | None = None  # where rows come from, for messages
+    form: str = 'folder'  # or 'webdataset'
+    shard_size: int = 1000  # pictures a shard; those of sample.py are rounded up to whole batches
+    overwrite: bool = False
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run has done."""
@@ -189,18 +200,33 @@ def write_rejects(place: Place, rejects: Sequence[Reject]) -> Path:
     return place.folder / REJECTS
 
 
-def say_rejects(file: str | None, place: Place, rejects: Sequence[Reject], process: int) -> None:
-    """Writes and names the rejected rows of a file; one process speaks for all."""
-    if process == 0 and file is not None:
-        warn_of_rejects(file, rejects, write_rejects(place, rejects))
+def run_job(
+    job: Job,
+    plan: Plan,
+    store: Store,
+    draw: Draw,
+    pack: Pack,
+    rejects: Sequence[Reject],
+    process: int = 0,
+    count: int = 1,
+) -> Report:
+    """`run`, after the rejected rows of the job's file are written and named; one process speaks for all."""
+
+    def begin() -> None:
+        if process == 0 and job.rows_file is not None:
+            warn_of_rejects(job.rows_file, rejects, write_rejects(store.place, rejects))
+
+    outcome = run(plan, store, draw, pack, begin=begin, process=process, count=count, overwrite=job.overwrite)
+    return Report(outcome, plan.pictures, len(rejects))
 
 
-def refuse_all(file: str | None, out: str, rejects: Sequence[Reject], process: int) -> NoReturn:
+def refuse_all(job: Job, rejects: Sequence[Reject], process: int) -> NoReturn:
     """Raises the UserError of a file whose rows are all rejected; several reasons are written to the output folder."""
     more = ''
     if len(rejects) > 1 and process == 0:
-        more = f" (all {len(rejects)} in '{write_rejects(Place(open_folder(out)), rejects)}')"
-    raise UserError(f"'{file}' holds no row that can be used: line {rejects[0].line}: {rejects[0].error}{more}")
+        more = f" (all {len(rejects)} in '{write_rejects(Place(open_folder(job.out)), rejects)}')"
+    first = rejects[0]
+    raise UserError(f"'{job.rows_file}' holds no row that can be used: line {first.line}: {first.error}{more}")
 
 
 def identity(model: Muse) -> dict[str, Any]:

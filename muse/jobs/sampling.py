@@ -17,26 +17,21 @@ from muse.jobs import extras
 from muse.jobs.plan import Item, all_items
 from muse.jobs.prompts import COLUMNS, Drawing, Prompt, Size, make_plan, read_prompt
 from muse.jobs.rows import Reject, Table, read_table
-from muse.jobs.run import Report, identity, open_store, picture_files, png, refuse_all, run, say_rejects
+from muse.jobs.run import Job, Report, identity, open_store, picture_files, png, refuse_all, run_job
 from muse.jobs.stores import ABOUT, GIF, PICTURE, TOKENS, Files, Store
 from muse.pipeline import Drawn, Muse
 from muse.settings import Settings, SuperresDecoding, count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SampleJob(Job):
     """What sample.py is asked for."""
 
-    out: str
-    prompts_file: str | None = None  # where rows come from, for messages
     num_images: int = 1
     batch_size: int = 8
-    form: str = 'folder'  # or 'webdataset'
-    shard_size: int = 1000  # pictures a shard, rounded up to whole batches
     grid: bool = False
     gif: bool = False
     save_tokens: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +55,9 @@ class Knobs:
         )
 
 
-def sample(model: Muse, job: Job, knobs: Knobs, given: Table[Prompt], process: int = 0, processes: int = 1) -> Report:
+def sample(
+    model: Muse, job: SampleJob, knobs: Knobs, given: Table[Prompt], process: int = 0, processes: int = 1
+) -> Report:
     """Draws this process's share of a job; see `muse.jobs.run`.
 
     Raises:
@@ -74,7 +71,7 @@ def sample(model: Muse, job: Job, knobs: Knobs, given: Table[Prompt], process: i
     plan = _plan(model, job, knobs, shared, given, rejects)
     rejects.sort(key=lambda reject: reject.line)
     if not len(plan):
-        refuse_all(job.prompts_file, job.out, rejects, process)
+        refuse_all(job, rejects, process)
     if job.grid:
         extras.check_grid(plan.pictures)
     endings = [GIF] * job.gif + [TOKENS] * job.save_tokens
@@ -88,13 +85,10 @@ def sample(model: Muse, job: Job, knobs: Knobs, given: Table[Prompt], process: i
         files |= {GIF: extras.gif(model.frames(drawn))} if job.gif else {}
         return files | ({TOKENS: extras.tokens(drawn.low, drawn.high)} if job.save_tokens else {})
 
-    def begin() -> None:
-        say_rejects(job.prompts_file, store.place, rejects, process)
-
-    outcome = run(plan, store, draw, pack, begin=begin, process=process, count=processes, overwrite=job.overwrite)
-    if job.grid and outcome.complete:
+    report = run_job(job, plan, store, draw, pack, rejects, process, processes)
+    if job.grid and report.outcome.complete:
         _write_grid(plan, store, job, {**identity(model), **dataclasses.asdict(shared)})
-    return Report(outcome, plan.pictures, len(rejects))
+    return report
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> Table[Prompt]:
@@ -109,7 +103,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> Table[Prompt]:
 
 
 def _plan(
-    model: Muse, job: Job, knobs: Knobs, shared: Settings, given: Table[Prompt], rejects: list[Reject]
+    model: Muse, job: SampleJob, knobs: Knobs, shared: Settings, given: Table[Prompt], rejects: list[Reject]
 ) -> Drawing:
     """The plan of the rows that can be drawn; adds the others to `rejects`."""
 
@@ -135,7 +129,7 @@ def _plan(
     )
 
 
-def _write_grid(plan: Drawing, store: Store, job: Job, shared: dict[str, Any]) -> None:
+def _write_grid(plan: Drawing, store: Store, job: SampleJob, shared: dict[str, Any]) -> None:
     """grid.png of all pictures, read back from where they were written, in the order of drawing."""
     places = list(all_items(plan))
     pictures = (Image.open(io.BytesIO(store.picture(unit, item))) for unit, item in places)

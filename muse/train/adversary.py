@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from muse.config import OptimConfig, VQConfig, VQLossConfig
+from muse.config import DecoderRun, TokenizerRun, VQLossConfig
 from muse.errors import UserError
 from muse.evals.reconstruction import psnr
 from muse.models import discriminator as adversary
@@ -25,11 +25,21 @@ from muse.models import perceptual
 from muse.models.discriminator import Discriminator
 from muse.models.perceptual import Perceptual
 from muse.nn.rows import mean_rows
-from muse.train.optim import make_optimizer
+from muse.train.optim import fresh_state, make_optimizer
 from muse.train.task import Metrics, State
 
 _LECAM_DECAY = 0.99  # of the averages of the critic's logits
 _MOST_ADAPTIVE = 1e4
+
+AdversarialRun = TokenizerRun | DecoderRun
+MakeMaker = Callable[[Key[Array, '']], nnx.Module]
+
+
+class Nets(NamedTuple):
+    """The graphs of the two nets that learn."""
+
+    maker: Any  # of pictures: the tokenizer, or its decoder
+    critic: Any
 
 
 class Judgement(NamedTuple):
@@ -56,22 +66,25 @@ def check_losses(config: VQLossConfig) -> None:
             raise UserError(f'loss.{name} is {getattr(config, name)}: give at least {low}')
 
 
-def make_critic(loss: VQLossConfig, model: VQConfig, key: Key[Array, '']) -> Discriminator:
+def make_nets(run: AdversarialRun, maker: MakeMaker) -> Nets:
+    """Graphs alone; allocates nothing. `maker`: the net that makes pictures, out of its key."""
+    key = jax.random.key(0)
+    graphs = (nnx.split(nnx.eval_shape(make), nnx.Param)[0] for make in (lambda: maker(key), lambda: _critic(run, key)))
+    return Nets(*graphs)
+
+
+def init_state(run: AdversarialRun, maker: MakeMaker, key: Key[Array, '']) -> State:
+    """Fresh weights of both nets, the average of the maker's, and the optimisers."""
+    maker_key, critic_key = jax.random.split(key)
+    disc = nnx.split(_critic(run, critic_key), nnx.Param)[1]
+    disc_opt = make_optimizer(run.discriminator_optim, run.train.steps).init(disc)
+    critic = {'disc': disc, 'disc_opt': disc_opt, 'logit_means': jnp.zeros((2,))}
+    return fresh_state(run, maker(maker_key)) | critic
+
+
+def _critic(run: AdversarialRun, key: Key[Array, '']) -> Discriminator:
     """A fresh critic, computing in the tokenizer's dtype."""
-    return Discriminator(loss.discriminator_channels, model.dtype, rngs=nnx.Rngs(params=key))
-
-
-def critic_graph(loss: VQLossConfig, model: VQConfig) -> Any:
-    """The critic's graph; allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: make_critic(loss, model, jax.random.key(0))), nnx.Param)[0]
-
-
-def init_critic(
-    loss: VQLossConfig, model: VQConfig, optim: OptimConfig, steps: int, key: Key[Array, '']
-) -> dict[str, Any]:
-    """The critic's part of a training state."""
-    disc = nnx.split(make_critic(loss, model, key), nnx.Param)[1]
-    return {'disc': disc, 'disc_opt': make_optimizer(optim, steps).init(disc), 'logit_means': jnp.zeros((2,))}
+    return Discriminator(run.loss.discriminator_channels, run.model.dtype, rngs=nnx.Rngs(params=key))
 
 
 def picture_terms(
@@ -185,18 +198,17 @@ def critic_gradients(
         return jax.lax.switch(jnp.where(playing, jnp.where(due, 2, 1), 0), branches, disc)
 
 
-def update_critic(
-    config: VQLossConfig, optim: OptimConfig, steps: int, state: State, grads: nnx.State, metrics: Metrics
-) -> dict[str, Any]:
+def update_critic(run: AdversarialRun, state: State, grads: nnx.State, metrics: Metrics) -> dict[str, Any]:
     """The critic's part of the state after a step; as it was before the critic plays."""
     old = {name: state[name] for name in ('disc', 'disc_opt', 'logit_means')}
 
     def learn(old: dict[str, Any]) -> dict[str, Any]:
-        updates, disc_opt = make_optimizer(optim, steps).update(grads, old['disc_opt'], old['disc'])
+        optimizer = make_optimizer(run.discriminator_optim, run.train.steps)
+        updates, disc_opt = optimizer.update(grads, old['disc_opt'], old['disc'])
         found = jnp.stack([metrics['logit_real'], metrics['logit_fake']])
         means = _LECAM_DECAY * old['logit_means'] + (1 - _LECAM_DECAY) * found
         return {'disc': optax.apply_updates(old['disc'], updates), 'disc_opt': disc_opt, 'logit_means': means}
 
-    if not config.adversarial:
+    if not run.loss.adversarial:
         return old
-    return jax.lax.cond(state['step'] >= config.adversarial_start_step, learn, lambda old: old, old)
+    return jax.lax.cond(state['step'] >= run.loss.adversarial_start_step, learn, lambda old: old, old)

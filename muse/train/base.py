@@ -20,6 +20,7 @@ from muse.release.format import save_part
 from muse.train import masked
 from muse.train.frozen import Frozen, encode_sheet, load_frozen
 from muse.train.init_from import start_from
+from muse.train.optim import fresh_state
 from muse.train.task import Batch, Metrics, State, Task
 
 GRID_PICTURES = 16
@@ -27,7 +28,7 @@ GRID_PICTURES = 16
 
 def init_state(run: BaseRun, key: Key[Array, '']) -> State:
     """Fresh weights, their average, and the optimiser's state."""
-    return masked.init_state(run, Transformer(run.model, rngs=nnx.Rngs(params=key)))
+    return fresh_state(run, Transformer(run.model, rngs=nnx.Rngs(params=key)))
 
 
 def predict(

@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from muse.config import read_run, to_dict
-from muse.errors import UserError, nearest
+from muse.errors import UserError, main_guard, nearest
 
 
 def use_compilation_cache() -> None:
@@ -36,7 +36,7 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parsing, for `app.run(main, flags_parser=parse_flags)`.
+    """absl's parsing.
 
     Raises:
         UserError: a config file that does not exist or cannot be read, an unknown flag or config key (names the
@@ -55,6 +55,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     if rest[1:]:
         raise UserError(f"'{rest[1]}' is no flag: flags look like --name=value")
     return rest
+
+
+def parse_config_flags(argv: list[str]) -> list[str]:
+    """`parse_flags` for `app.run`: its errors are one line and exit code 2."""
+    with main_guard():
+        return parse_flags(argv)
 
 
 def _read_config() -> None:

@@ -8,7 +8,7 @@ encoded ahead of the step by the frozen tokenizer; the losses and the critic are
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from muse.errors import UserError
 from muse.models.vqgan import VQGAN, Decoder, to_float, to_uint8
 from muse.release.format import Part, load_part, save_part
 from muse.train import adversary
+from muse.train.adversary import Nets
 from muse.train.frozen import Net, place
 from muse.train.init_from import start_from
 from muse.train.micro_batches import over_micro_batches
@@ -34,34 +35,18 @@ _FREE = ('decoder_channels', 'decoder_num_res_blocks', 'dtype')  # model keys th
 CODES = 'codes'  # batch key of the code vectors that the frozen tokenizer made of the pictures
 
 
-class Nets(NamedTuple):
-    """The graphs of the two nets that learn."""
-
-    decoder: Any
-    critic: Any
-
-
 def make_nets(run: DecoderRun) -> Nets:
     """Graphs alone; allocates nothing."""
-    decoder = nnx.split(nnx.eval_shape(lambda: Decoder(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
-    return Nets(decoder, adversary.critic_graph(run.loss, run.model))
+    return adversary.make_nets(run, lambda key: Decoder(run.model, rngs=nnx.Rngs(params=key)))
 
 
 def init_state(run: DecoderRun, key: Key[Array, '']) -> State:
     """Fresh weights of the decoder and its critic, the decoder's average, and the optimisers."""
-    decoder_key, critic_key = jax.random.split(key)
-    params = nnx.split(Decoder(run.model, rngs=nnx.Rngs(params=decoder_key)), nnx.Param)[1]
-    return {
-        'step': jnp.zeros((), jnp.int32),
-        'params': params,
-        'ema': jax.tree.map(jnp.copy, params),
-        'opt': make_optimizer(run.optim, run.train.steps).init(params),
-        **adversary.init_critic(run.loss, run.model, run.discriminator_optim, run.train.steps, critic_key),
-    }
+    return adversary.init_state(run, lambda key: Decoder(run.model, rngs=nnx.Rngs(params=key)), key)
 
 
 def _decode(run: DecoderRun, nets: Nets, params: nnx.State, codes_BhwC: Array) -> Float[Array, 'B H W 3']:
-    return nnx.merge(nets.decoder, params)(codes_BhwC.astype(run.model.dtype)).astype(jnp.float32)
+    return nnx.merge(nets.maker, params)(codes_BhwC.astype(run.model.dtype)).astype(jnp.float32)
 
 
 def train_step(run: DecoderRun, nets: Nets, state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -88,7 +73,7 @@ def train_step(run: DecoderRun, nets: Nets, state: State, batch: Batch) -> tuple
         'params': params,
         'ema': update_ema(state['ema'], params, step, run.train.ema_decay),
         'opt': opt,
-        **adversary.update_critic(run.loss, run.discriminator_optim, run.train.steps, state, disc, metrics),
+        **adversary.update_critic(run, state, disc, metrics),
     }
     return new, metrics | step_metrics(run.optim, run.train.steps, state['step'], grads, params, updates)
 

@@ -32,14 +32,6 @@ Change = Callable[[Batch], Batch]
 BUCKETS = 5  # of the mask ratio: a fifth each
 
 
-def init_state(run: BaseRun | SuperresRun, model: nnx.Module) -> State:
-    """The state of a fresh model: its weights, their average, and the optimiser's state."""
-    params = nnx.split(model, nnx.Param)[1]
-    optimizer = make_optimizer(run.optim, run.train.steps)
-    ema = jax.tree.map(jnp.copy, params)
-    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'ema': ema, 'opt': optimizer.init(params)}
-
-
 def corrupt(run: BaseRun | SuperresRun, batch: Batch, key: Key[Array, '']) -> Batch:
     """Adds the masks of §2.6 and drops the text of some rows (§2.7). Drawn for the whole batch at once."""
     ratio_key, mask_key, text_key = jax.random.split(key, 3)

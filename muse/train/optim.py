@@ -1,4 +1,5 @@
-"""Optimisers (Table 4: AdaFactor; Table 5: Adam), the learning rate and the moving average of the weights."""
+"""Optimisers (Table 4: AdaFactor; Table 5: Adam), the learning rate, the moving average of the weights, and what a
+state begins with."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, ArrayLike
 
-from muse.config import OptimConfig
+from muse.config import OptimConfig, Run
+from muse.train.task import State
 
 _STACKED = 'layers'  # logical axis that counts copies of a layer; it makes no vector a matrix
 
@@ -78,6 +80,14 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         _decay_matrices(config.weight_decay) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def fresh_state(run: Run, model: nnx.Module) -> State:
+    """The state of a fresh model: its weights, their average, and the optimiser's state."""
+    params = nnx.split(model, nnx.Param)[1]
+    optimizer = make_optimizer(run.optim, run.train.steps)
+    ema = jax.tree.map(jnp.copy, params)
+    return {'step': jnp.zeros((), jnp.int32), 'params': params, 'ema': ema, 'opt': optimizer.init(params)}
 
 
 def step_metrics(

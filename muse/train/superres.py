@@ -25,6 +25,7 @@ from muse.release.format import save_part
 from muse.train import masked
 from muse.train.frozen import Net, encode_sheet
 from muse.train.init_from import start_from
+from muse.train.optim import fresh_state
 from muse.train.superres_nets import SuperresNets, load_superres_nets, low_sheet
 from muse.train.task import Batch, Metrics, State, Task
 
@@ -33,7 +34,7 @@ GRID_PICTURES = 4
 
 def init_state(run: SuperresRun, key: Key[Array, '']) -> State:
     """Fresh weights, their average, and the optimiser's state."""
-    return masked.init_state(run, Superres(run.model, rngs=nnx.Rngs(params=key)))
+    return fresh_state(run, Superres(run.model, rngs=nnx.Rngs(params=key)))
 
 
 def corrupt(run: SuperresRun, batch: Batch, key: Key[Array, '']) -> Batch:

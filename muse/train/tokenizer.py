@@ -9,7 +9,7 @@ codebook is initialised from data.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from muse.models.vqgan import VQGAN, Reconstruction, to_float, to_uint8
 from muse.nn.rows import weigh
 from muse.release.format import save_part
 from muse.train import adversary
+from muse.train.adversary import Nets
 from muse.train.init_from import start_from
 from muse.train.micro_batches import over_micro_batches
 from muse.train.optim import make_optimizer, step_metrics, update_ema
@@ -35,13 +36,6 @@ from muse.train.task import Batch, Metrics, State, Task
 
 GRID_PICTURES = 8
 PERCEPTUAL = 'perceptual_net'  # batch key under which the frozen net travels: as a constant it would bloat the program
-
-
-class Nets(NamedTuple):
-    """The graphs of the two nets that learn."""
-
-    tokenizer: Any
-    critic: Any
 
 
 class Gradients(NamedTuple):
@@ -55,22 +49,13 @@ class Gradients(NamedTuple):
 
 def make_nets(run: TokenizerRun) -> Nets:
     """Graphs alone; allocates nothing."""
-    tokenizer = nnx.split(nnx.eval_shape(lambda: VQGAN(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
-    return Nets(tokenizer, adversary.critic_graph(run.loss, run.model))
+    return adversary.make_nets(run, lambda key: VQGAN(run.model, rngs=nnx.Rngs(params=key)))
 
 
 def init_state(run: TokenizerRun, key: Key[Array, '']) -> State:
     """Fresh weights of both nets, the average of the tokenizer's, the optimisers, and idle steps of every code."""
-    tokenizer_key, critic_key = jax.random.split(key)
-    params = nnx.split(VQGAN(run.model, rngs=nnx.Rngs(params=tokenizer_key)), nnx.Param)[1]
-    return {
-        'step': jnp.zeros((), jnp.int32),
-        'params': params,
-        'ema': jax.tree.map(jnp.copy, params),
-        'opt': make_optimizer(run.optim, run.train.steps).init(params),
-        'idle_steps': jnp.full((run.model.codebook_size,), run.loss.revive_after_steps, jnp.int32),
-        **adversary.init_critic(run.loss, run.model, run.discriminator_optim, run.train.steps, critic_key),
-    }
+    state = adversary.init_state(run, lambda key: VQGAN(run.model, rngs=nnx.Rngs(params=key)), key)
+    return state | {'idle_steps': jnp.full((run.model.codebook_size,), run.loss.revive_after_steps, jnp.int32)}
 
 
 def _quantizer_terms(
@@ -102,7 +87,7 @@ def _tokenizer_gradients(
     weight_B: Array | None,
 ) -> tuple[nnx.State, Metrics, Reconstruction]:
     def forward(params: nnx.State) -> tuple[tuple[Array, Array], tuple[Reconstruction, Metrics]]:
-        model = nnx.merge(nets.tokenizer, params)
+        model = nnx.merge(nets.maker, params)
         result = model(real_BHWC)
         own, terms = _quantizer_terms(run.loss, model, result, weight_B)
         return (result.img_BHWC, own), (result, terms)
@@ -175,9 +160,7 @@ def train_step(run: TokenizerRun, nets: Nets, state: State, batch: Batch, key: K
         'ema': update_ema(state['ema'], params, step, run.train.ema_decay),
         'opt': opt,
         'idle_steps': state['idle_steps'],
-        **adversary.update_critic(
-            run.loss, run.discriminator_optim, run.train.steps, state, found.critic, found.metrics
-        ),
+        **adversary.update_critic(run, state, found.critic, found.metrics),
     }
     metrics = found.metrics | {
         'codebook_usage': quantize.usage(found.counts_V),
@@ -190,7 +173,7 @@ def train_step(run: TokenizerRun, nets: Nets, state: State, batch: Batch, key: K
 
 def evaluate(run: TokenizerRun, nets: Nets, state: State, batch: Batch) -> Metrics:
     """The averaged weights on a batch: 'loss' (without the adversarial term), its terms, PSNR, codebook use."""
-    model, real_BHWC = nnx.merge(nets.tokenizer, state['ema']), to_float(batch['img'])
+    model, real_BHWC = nnx.merge(nets.maker, state['ema']), to_float(batch['img'])
     result = model(real_BHWC)
     weight_B = batch.get(WEIGHT)
     pictures, metrics = adversary.picture_terms(run.loss, batch[PERCEPTUAL], real_BHWC, result.img_BHWC, weight_B)
@@ -202,7 +185,7 @@ def evaluate(run: TokenizerRun, nets: Nets, state: State, batch: Batch) -> Metri
 
 def draw(nets: Nets, params: nnx.State, img_BHWC: Array) -> Array:
     """Pictures and their reconstructions in turns: uint8 `[2N, H, W, 3]`."""
-    model = nnx.merge(nets.tokenizer, params)
+    model = nnx.merge(nets.maker, params)
     pair_NHWC = jnp.stack([img_BHWC, to_uint8(model.decode(model.encode(to_float(img_BHWC))))], axis=1)
     return pair_NHWC.reshape(-1, *img_BHWC.shape[1:])
 

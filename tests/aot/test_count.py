@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import SUPERRES
 
 from muse.aot.count import BETWEEN_SLICES, Collective, count, first_group
 from muse.aot.hlo import parse
-from muse.config import MeshConfig, SuperresConfig, TransformerConfig
+from muse.config import MeshConfig, TransformerConfig
 from muse.mesh import batch_sharding, make_mesh, shardings
 from muse.models.superres import Superres
 from muse.models.transformer import Transformer
@@ -55,22 +56,8 @@ def test_a_loop_of_unknown_length_is_named():
 @pytest.mark.parametrize('kind', [Transformer, Superres])
 def test_the_models_formula_is_the_count_of_the_unrolled_program(kind):
     if kind is Superres:
-        config = SuperresConfig(
-            codebook_size=48,
-            grid=(8, 8),
-            low_codebook_size=40,
-            low_grid=(4, 4),
-            block=4,
-            width=32,
-            mlp_dim=64,
-            heads=4,
-            layers=2,
-            low_layers=1,
-            text_width=24,
-            text_length=7,
-            remat='none',
-            unroll=2,
-        )
+        sizes = {'codebook_size': 48, 'low_codebook_size': 40, 'text_width': 24, 'text_length': 7}
+        config = dataclasses.replace(SUPERRES, **sizes, remat='none', unroll=2)
         formula, extra = superres_flops(config, 3), [shape(3, 16, dtype=jnp.int32)]
     else:
         config, extra = dataclasses.replace(SMALL, unroll=2), []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import watch_draws
 
 from muse.drawing import traces
 from muse.editing.holes import known_tokens
@@ -49,27 +50,17 @@ def test_both_levels_keep_what_is_outside(cascade_model, size):
     assert (new[hole] != np.asarray(image)[hole]).mean() > 0.8
 
 
-def test_both_token_grids_are_masked_where_the_hole_touches(cascade_model):
+def test_both_token_grids_are_masked_where_the_hole_touches(cascade_model, monkeypatch):
     """Low-res 4 × 4 over 32 pixels: 8 a cell; high-res 8 × 8: 4 a cell."""
-    image, seen = noise(32, 32), {}
-    draw = cascade_model.cascade.draw
-
-    def spy(rows, *rest):
-        seen['low'], seen['high'] = rows[0].low, rows[0].high
-        return draw(rows, *rest)
-
-    cascade_model.cascade.draw = spy
-    try:
-        cascade_model.inpaint(image, box_mask((32, 32), (4, 8, 13, 17)), 'a')
-    finally:
-        del cascade_model.cascade.draw
+    image, seen = noise(32, 32), watch_draws(monkeypatch, cascade_model)
+    cascade_model.inpaint(image, box_mask((32, 32), (4, 8, 13, 17)), 'a')
     low, high = np.zeros((4, 4), bool), np.zeros((8, 8), bool)
     low[1:3, 0:2], high[2:5, 1:4] = True, True
-    np.testing.assert_array_equal(seen['low'] == -1, low)
-    np.testing.assert_array_equal(seen['high'] == -1, high)
+    np.testing.assert_array_equal(seen[-1].low == -1, low)
+    np.testing.assert_array_equal(seen[-1].high == -1, high)
     small = image.resize((16, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(seen['low'][~low], cascade_model.encode(small)[~low])
-    np.testing.assert_array_equal(seen['high'][~high], cascade_model.encode(image, high=True)[~high])
+    np.testing.assert_array_equal(seen[-1].low[~low], cascade_model.encode(small)[~low])
+    np.testing.assert_array_equal(seen[-1].high[~high], cascade_model.encode(image, high=True)[~high])
 
 
 def test_seed_prompt_and_surroundings_reach_the_hole(tiny_model):

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import watch_draws
 
 from muse.config import FreeEditConfig
 from muse.drawing import traces
@@ -45,23 +46,14 @@ def test_strength_one_ignores_the_picture(name, request):
     assert long[0] == long[1]
 
 
-def test_strength_says_how_many_tokens_are_drawn_and_the_seed_which(tiny_model):
-    image, seen = noise(16, 16), {}
-    draw = tiny_model.cascade.draw
-
-    def spy(rows, *rest):
-        seen['unknown'] = rows[0].low == -1
-        return draw(rows, *rest)
+def test_strength_says_how_many_tokens_are_drawn_and_the_seed_which(tiny_model, monkeypatch):
+    image, seen = noise(16, 16), watch_draws(monkeypatch, tiny_model)
 
     def unknown(strength, seed):
         tiny_model.variation(image, 'a', strength=strength, seed=seed)
-        return seen['unknown']
+        return seen[-1].low == -1
 
-    tiny_model.cascade.draw = spy
-    try:
-        quarter, half, other = unknown(0.25, 0), unknown(0.5, 0), unknown(0.5, 1)
-    finally:
-        del tiny_model.cascade.draw
+    quarter, half, other = unknown(0.25, 0), unknown(0.5, 0), unknown(0.5, 1)
     assert quarter.sum() == 4 and half.sum() == 8 and other.sum() == 8
     assert not (quarter & ~half).any() and (half != other).any()
 
@@ -93,23 +85,13 @@ def test_the_first_iterations_do_not_depend_on_how_many_follow(tiny_model):
     assert bits(long) == bits(short)
 
 
-def test_an_edit_of_the_cascade_keeps_fine_tokens_where_the_base_changed_nothing(cascade_model):
-    image, seen = noise(32, 32), {}
-    draw = cascade_model.cascade.draw
-
-    def spy(rows, *rest):
-        seen['low'], seen['high'] = rows[0].low, rows[0].high
-        return draw(rows, *rest)
-
-    cascade_model.cascade.draw = spy
-    try:
-        edited = cascade_model.edit(image, 'a dog', free=dataclasses.replace(FREE, share=0.06))
-    finally:
-        del cascade_model.cascade.draw
+def test_an_edit_of_the_cascade_keeps_fine_tokens_where_the_base_changed_nothing(cascade_model, monkeypatch):
+    image, seen = noise(32, 32), watch_draws(monkeypatch, cascade_model)
+    edited = cascade_model.edit(image, 'a dog', free=dataclasses.replace(FREE, share=0.06))
     small = image.resize((16, 16), Image.Resampling.LANCZOS)
-    changed = seen['low'] != cascade_model.encode(small)
+    changed = seen[-1].low != cascade_model.encode(small)
     assert 1 <= changed.sum() <= 6 and edited.size == (32, 32)
-    np.testing.assert_array_equal(seen['high'] == -1, np.kron(changed, np.ones((2, 2), bool)))
+    np.testing.assert_array_equal(seen[-1].high == -1, np.kron(changed, np.ones((2, 2), bool)))
 
 
 def test_other_edits_compile_nothing_new(tiny_model):

@@ -31,6 +31,10 @@ class Numbers:
         own = {'seed': self._seed, 'muse_version': '0'}
         return [Item(f'{n:04d}_x', {'prompt': f'number {n}', **own}, n) for n in numbers]
 
+    @property
+    def pictures(self) -> int:
+        return self._pictures
+
     def draw(self, unit: int, items: list[Item], seconds: float = 0.0):
         del unit
         for item in items:

@@ -18,7 +18,7 @@ import json, sys
 import muse
 from muse.text.encode import PromptCache
 from muse.jobs import sampling
-from muse.jobs.sampling import Job, Knobs, read_prompts, sample
+from muse.jobs.sampling import Knobs, SampleJob, read_prompts, sample
 
 model = muse.load(sys.argv[1])
 model.cascade._prompts = PromptCache(2**20)  # else it fills up to its 256 MB first, which these small states never do
@@ -34,7 +34,7 @@ def counted(*args):
 
 sampling.picture_files = counted
 knobs = Knobs(decoding=model.release.decode, superres=None, seed=0, negative_prompt=None, size=None)
-job = Job(out=sys.argv[3], prompts_file=sys.argv[2], form='webdataset', shard_size=500)
+job = SampleJob(out=sys.argv[3], rows_file=sys.argv[2], form='webdataset', shard_size=500)
 sample(model, job, knobs, read_prompts([], sys.argv[2]))
 print(json.dumps(sampled))
 """

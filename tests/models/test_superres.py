@@ -1,11 +1,14 @@
 """The super-res transformer (§2.4): what may and may not influence its logits, on grids of any size."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from filled import filled
 from flax import nnx
+from tiny import SUPERRES
 
 from muse.config import SuperresConfig
 from muse.decode import decode_steps, noise_keys
@@ -13,25 +16,12 @@ from muse.errors import UserError
 from muse.models.superres import Superres
 from muse.nn.attention import KeysValues
 
-CONFIG = SuperresConfig(
-    codebook_size=17,
-    grid=(8, 8),
-    low_codebook_size=11,
-    low_grid=(2, 2),
-    block=2,
-    width=32,
-    mlp_dim=64,
-    heads=4,
-    layers=2,
-    low_layers=1,
-    text_width=24,
-    text_length=7,
-    remat='none',
-)
+SIZES = {'codebook_size': 17, 'low_codebook_size': 11, 'low_grid': (2, 2), 'text_width': 24, 'text_length': 7}
+CONFIG = dataclasses.replace(SUPERRES, **SIZES, block=2, heads=4, remat='none')
 
 
 def make(**changes):
-    config = SuperresConfig(**{**CONFIG.__dict__, **changes})
+    config = dataclasses.replace(CONFIG, **changes)
     graphdef, params = nnx.split(filled(lambda: Superres(config, rngs=nnx.Rngs(params=0))), nnx.Param)
     # Larger weights than at the start of training, so that an influence that should not be there would show.
     return graphdef, jax.tree.map(lambda x: 2 * x, params)
@@ -185,7 +175,16 @@ def test_the_one_decoder_runs_on_it(batch):
         memory = net.memory(low, txt)
         canvas = jnp.zeros((low.shape[0], 64), jnp.int32)
         keys = noise_keys(0, index)
-        return decode_steps(lambda tok, _: net.logits(tok, memory, length), canvas, canvas > 0, keys, steps=3)[-1]
+        return decode_steps(
+            lambda tok, _: net.logits(tok, memory, length),
+            canvas,
+            canvas > 0,
+            keys,
+            steps=3,
+            temperature=1.0,
+            choice_temperature=4.5,
+            schedule='cosine',
+        )[-1]
 
     drawn = np.asarray(draw(low, txt, length, jnp.arange(3)))
     assert drawn.min() >= 0 and drawn.max() < 17
@@ -215,7 +214,7 @@ def test_without_low_res_layers_their_embedding_is_read(batch):
 )
 def test_a_shape_that_cannot_be_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        Superres(SuperresConfig(**{**CONFIG.__dict__, **changes}), rngs=nnx.Rngs(params=0))
+        Superres(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(params=0))
 
 
 def test_a_canvas_that_does_not_fit_is_refused(batch):

@@ -9,50 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toys import CODES, SIDE, toy_batch, toy_run, with_model, with_train
+from toys import CODES, SIDE, graphdef_of, toy_batch, toy_run, train, with_model, with_train
 
 from muse.config import MaskedLossConfig, MeshConfig, OptimConfig
-from muse.mesh import make_mesh, replicated, shard_batch, shardings
 from muse.models.transformer import Transformer
 from muse.train import base, masked
 
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
 
-def graphdef_of(run):
-    return nnx.split(nnx.eval_shape(lambda: Transformer(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
-
-
-def train(run, steps, devices=1):
-    """Losses and final state of a few steps on a mesh of the first `devices` devices."""
-    mesh = make_mesh(run.mesh, jax.devices()[:devices])
-    graphdef = graphdef_of(run)
-    with jax.set_mesh(mesh):
-        key = jax.random.key(0)
-        layout = shardings(jax.eval_shape(lambda k: base.init_state(run, k), key), mesh)
-        state = jax.jit(lambda k: base.init_state(run, k), out_shardings=layout)(key)
-
-        def step(state, batch, key):
-            return base.train_step(run, graphdef, state, batch, jax.random.fold_in(key, state['step']))
-
-        step = jax.jit(step, out_shardings=(layout, replicated(mesh)))
-        losses = []
-        for i in range(steps):
-            state, metrics = step(state, shard_batch(mesh, toy_batch(i)), jax.random.key(1))
-            losses.append(float(metrics['loss']))
-    return np.array(losses), state
-
-
 @pytest.fixture(scope='module')
 def reference():
-    return train(toy_run(), 4)
+    return train(toy_run(), toy_batch, 4)
 
 
 @pytest.mark.parametrize(
     'mesh', [pytest.param(MeshConfig(), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str
 )
 def test_eight_devices_equal_one(reference, mesh):
-    losses, state = train(toy_run(mesh=mesh), 4, devices=8)
+    losses, state = train(toy_run(mesh=mesh), toy_batch, 4, devices=8)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     kernel = state['params']['blocks']['mlp']['up']['kernel'][...]
     shard = kernel.addressable_shards[0].data.shape
@@ -63,12 +38,12 @@ def test_eight_devices_equal_one(reference, mesh):
 
 @pytest.mark.slow
 def test_remat_equals_none(reference):
-    losses, _ = train(with_model(toy_run(), remat='full'), 4)
+    losses, _ = train(with_model(toy_run(), remat='full'), toy_batch, 4)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
 
 
 def test_micro_batches_equal_the_full_batch(reference):
-    losses, state = train(with_train(toy_run(), accumulate=4), 4, devices=2)
+    losses, state = train(with_train(toy_run(), accumulate=4), toy_batch, 4, devices=2)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     for mine, full in zip(jax.tree.leaves(state['params']), jax.tree.leaves(reference[1]['params']), strict=True):
         np.testing.assert_allclose(mine, full, atol=2e-4)  # Adam magnifies the rounding of small gradients
@@ -102,7 +77,7 @@ def test_only_masked_tokens_are_hidden_and_scored():
 
 def test_it_learns_to_read_the_text():
     run = with_train(toy_run(optim=OptimConfig(learning_rate=1e-2, warmup_steps=5)), steps=60, ema_decay=0.9)
-    losses, state = train(run, 60)
+    losses, state = train(run, toy_batch, 60)
     assert losses[-5:].mean() < losses[0] - 1.0
     evaluate = jax.jit(lambda s, b, k: base.evaluate(graphdef_of(run), s, b, k))
     metrics = jax.device_get(evaluate(state, toy_batch(999, 64), jax.random.key(5)))
@@ -115,7 +90,7 @@ def test_it_learns_to_read_the_text():
 def test_adafactor_state_is_finite_and_the_average_moves():
     run = toy_run(optim=OptimConfig(name='adafactor', learning_rate=1e-3, warmup_steps=1))
     run = dataclasses.replace(run, mesh=MeshConfig(fsdp=2))
-    losses, state = train(run, 3, devices=2)
+    losses, state = train(run, toy_batch, 3, devices=2)
     assert np.isfinite(losses).all() and int(state['step']) == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
     table = [state[part]['tokens']['table'][...] for part in ('params', 'ema')]

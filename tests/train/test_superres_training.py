@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from filled import filled
 from flax import nnx
-from toys import CODES, TEXT_LENGTH, TEXT_WIDTH, save_toy_text_encoder, with_model
+from toys import CODES, TEXT_LENGTH, TEXT_WIDTH, graphdef_of, save_toy_text_encoder, train, with_model
 
 from muse.config import (
     DataConfig,
@@ -29,7 +29,7 @@ from muse.data.precomputed import Meta, encode_record
 from muse.data.shards import ShardWriter, begin_split, finish_split
 from muse.decode import decode_steps, noise_keys
 from muse.errors import UserError
-from muse.mesh import make_mesh, replicated, shard_batch, shardings
+from muse.mesh import make_mesh
 from muse.models.superres import Superres
 from muse.models.vqgan import VQGAN, to_float
 from muse.release.format import load_part, save_part
@@ -90,42 +90,18 @@ def toy_batch(step: int, rows: int = 16) -> dict[str, np.ndarray]:
     }
 
 
-def graphdef_of(run):
-    return nnx.split(nnx.eval_shape(lambda: Superres(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
-
-
-def train(run, steps, devices=1):
-    """Losses and final state of a few steps on a mesh of the first `devices` devices."""
-    mesh = make_mesh(run.mesh, jax.devices()[:devices])
-    graphdef = graphdef_of(run)
-    with jax.set_mesh(mesh):
-        key = jax.random.key(0)
-        layout = shardings(jax.eval_shape(lambda k: superres.init_state(run, k), key), mesh)
-        state = jax.jit(lambda k: superres.init_state(run, k), out_shardings=layout)(key)
-
-        def step(state, batch, key):
-            return superres.train_step(run, graphdef, state, batch, jax.random.fold_in(key, state['step']))
-
-        step = jax.jit(step, out_shardings=(layout, replicated(mesh)))
-        losses = []
-        for i in range(steps):
-            state, metrics = step(state, shard_batch(mesh, toy_batch(i)), jax.random.key(1))
-            losses.append(float(metrics['loss']))
-    return np.array(losses), state
-
-
 @pytest.fixture(scope='module')
 def learned():
     run = toy_run(
         train=TrainConfig(steps=60, batch_size=16, ema_decay=0.9), optim=OptimConfig(learning_rate=1e-2, warmup_steps=5)
     )
-    return run, *train(run, 60)
+    return run, *train(run, toy_batch, 60)
 
 
 @pytest.mark.slow
 def test_eight_devices_equal_one(learned):
     run, reference, _ = learned
-    losses, state = train(dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 4, devices=8)
+    losses, state = train(dataclasses.replace(run, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), toy_batch, 4, devices=8)
     np.testing.assert_allclose(losses, reference[:4], rtol=1e-5)
     for blocks, layers in (('blocks', 2), ('low_blocks', 1)):
         kernel = state['params'][blocks]['self_attention']['query']['kernel'][...]
@@ -158,6 +134,9 @@ def test_the_one_decoder_draws_what_the_low_res_tokens_say(learned):
             canvas > 0,
             noise_keys(0, jnp.arange(32)),
             steps=4,
+            temperature=1.0,
+            choice_temperature=4.5,
+            schedule='cosine',
         )[-1]
 
     right = np.asarray(draw(state['ema'])) // 4 == batch['tok'] // 4

@@ -162,7 +162,7 @@ def test_loss_is_the_weighted_sum_of_all_its_terms_and_revival_can_be_off():
 def test_commitment_weight_is_on_the_commitment_term():
     """The codebook's gradient is that of the codebook term at its own weight, and nothing else."""
     run = toy_run({'commitment': 7.0, 'codebook': 3.0})
-    graphdef, params = make_nets(run).tokenizer, initial()['params']
+    graphdef, params = make_nets(run).maker, initial()['params']
     batch = compiled(run)[0].prepare(shapes_batch(0))
     real_BHWC = to_float(jnp.asarray(batch['img']))
 

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 import sentencepiece
 from flax import nnx
 
-from muse.config import BaseRun, DataConfig, MeshConfig, OptimConfig, T5Config, TrainConfig, TransformerConfig
+from muse.config import (
+    BaseRun,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    SuperresRun,
+    T5Config,
+    TrainConfig,
+    TransformerConfig,
+)
+from muse.mesh import make_mesh, replicated, shard_batch, shardings
+from muse.models.superres import Superres
 from muse.models.t5 import T5Encoder
+from muse.models.transformer import Transformer
 from muse.release.format import save_part
+from muse.train import base, superres
+from muse.train.task import Batch, State
 
 CODES, TEXT_WIDTH, TEXT_LENGTH, SIDE = 32, 8, 31, 4
 
@@ -51,6 +68,34 @@ def toy_batch(step: int, rows: int = 16) -> dict[str, np.ndarray]:
     txt = np.zeros((rows, TEXT_LENGTH, TEXT_WIDTH), np.float32)
     txt[np.arange(rows), 0, kind] = 3.0
     return {'tok': tok.astype(np.int32), 'txt': txt, 'len': rng.integers(1, 4, rows).astype(np.int32)}
+
+
+def graphdef_of(run: BaseRun | SuperresRun) -> Any:
+    """The graph of the run's model."""
+    kind = Superres if isinstance(run, SuperresRun) else Transformer
+    return nnx.split(nnx.eval_shape(lambda: kind(run.model, rngs=nnx.Rngs(params=0))), nnx.Param)[0]
+
+
+def train(
+    run: BaseRun | SuperresRun, batch_of: Callable[[int], Batch], steps: int, devices: int = 1
+) -> tuple[np.ndarray, State]:
+    """Losses and final state of a few steps on a mesh of the first `devices` devices."""
+    module = superres if isinstance(run, SuperresRun) else base
+    mesh, graphdef = make_mesh(run.mesh, jax.devices()[:devices]), graphdef_of(run)
+    with jax.set_mesh(mesh):
+        key = jax.random.key(0)
+        layout = shardings(jax.eval_shape(lambda k: module.init_state(run, k), key), mesh)
+        state = jax.jit(lambda k: module.init_state(run, k), out_shardings=layout)(key)
+
+        def step(state, batch, key):
+            return module.train_step(run, graphdef, state, batch, jax.random.fold_in(key, state['step']))
+
+        step = jax.jit(step, out_shardings=(layout, replicated(mesh)))
+        losses = []
+        for i in range(steps):
+            state, metrics = step(state, shard_batch(mesh, batch_of(i)), jax.random.key(1))
+            losses.append(float(metrics['loss']))
+    return np.array(losses), state
 
 
 def with_train(run: BaseRun, **changes) -> BaseRun:
