@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from muse.config import DecodeConfig
 from muse.errors import UserError, main_guard
@@ -86,6 +86,7 @@ def guarded(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], No
     """A script's `main`, which may return an exit code, for `app.run`: a `UserError` is one line and exit code 2."""
 
     def script(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # JAX reports each kind of device that is not there
         with main_guard():
             if code := main(argv):
                 sys.exit(code)
