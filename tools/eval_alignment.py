@@ -31,6 +31,7 @@ from muse.data.sprites import Sprites, load_sprites
 from muse.errors import UserError, warn
 from muse.evals import alignment, features, grids
 from muse.jobs.command_line import guarded, parse_only_flags
+from muse.jobs.stores import open_folder
 from muse.pipeline import Settings
 
 FLAGS = flags.FLAGS
@@ -143,11 +144,7 @@ def measure(
 def main(_: list[str]) -> None:
     if FLAGS.num < 1:
         raise UserError(f'--num={FLAGS.num}: give 1 or more')
-    out = Path(FLAGS.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    out = open_folder(FLAGS.out)
     model, net = muse.load(FLAGS.model or None), features.load_features(FLAGS.features)
     settings = model.settings(FLAGS.seed, FLAGS.steps, FLAGS.guidance_scale, FLAGS.temperature)
     print(json.dumps(measure(model, net, settings, data=FLAGS.data, number=FLAGS.num, out=out)))

@@ -39,6 +39,7 @@ from muse.errors import UserError, warn
 from muse.evals import features, grids, reconstruction
 from muse.evals.judged import heldout_data
 from muse.jobs.command_line import guarded
+from muse.jobs.stores import open_folder
 from muse.models import perceptual
 from muse.release.format import Part, shipped
 from muse.release.public_vq import load_tokenizer
@@ -148,11 +149,7 @@ def _check_flags() -> None:
 
 def main(_: list[str]) -> None:
     _check_flags()
-    out = Path(FLAGS.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    out = open_folder(FLAGS.out)
     part = load_tokenizer(FLAGS.model or shipped())
     nets: dict[str, Any] = {'judges': {}, 'feature_net': None}
     if FLAGS.perceptual:

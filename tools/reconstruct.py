@@ -22,6 +22,7 @@ from muse import tiling
 from muse.data.pictures import open_picture
 from muse.errors import UserError, warn
 from muse.jobs.command_line import guarded, parse
+from muse.jobs.stores import open_folder
 from muse.release.format import shipped
 from muse.release.public_vq import load_tokenizer
 
@@ -34,10 +35,7 @@ def main(arguments: list[str]) -> None:
         raise UserError('no pictures given: name one or more picture files')
     if len({path.stem for path in paths}) < len(paths):
         raise UserError('two pictures have the same name, and would overwrite each other: rename one')
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    open_folder(str(out))
     for path in paths:
         if os.path.exists(path) and (out / f'{path.stem}.png').resolve() == path.resolve():
             raise UserError(f"the reconstruction of '{path}' would overwrite it: choose another --out")

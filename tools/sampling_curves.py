@@ -41,6 +41,7 @@ from muse.errors import UserError
 from muse.evals import alignment, features
 from muse.evals.reconstruction import frechet_distance
 from muse.jobs.command_line import guarded, parse_only_flags
+from muse.jobs.stores import open_folder
 from muse.pipeline import Row
 from tools.eval_alignment import make_gallery, measured
 
@@ -166,11 +167,7 @@ def chart(points: list[dict[str, Any]]) -> Image.Image:
 def main(_: list[str]) -> None:
     if FLAGS.num < 2:
         raise UserError(f'--num={FLAGS.num}: give 2 or more')
-    out = Path(FLAGS.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    out = open_folder(FLAGS.out)
     model, net = muse.load(FLAGS.model), features.load_features(FLAGS.features)
     bench = Bench(model, net, data=FLAGS.data, number=FLAGS.num, seed=FLAGS.seed, out=out)
     points = measure(bench, FLAGS.vary or list(VALUES), out, FLAGS.batch_size)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import muse
 from muse.config import FreeEditConfig
-from muse.errors import UserError
 from muse.evals.grids import grid
 from muse.jobs.command_line import guarded, parse_only_flags
+from muse.jobs.stores import open_folder
 from muse.pipeline import Row, Settings
 
 FLAGS = flags.FLAGS
@@ -115,11 +115,7 @@ SHEETS = {'edits': edits, 'guidance': guidance, 'steps': steps, 'orders': orders
 
 
 def main(_: list[str]) -> None:
-    out = Path(FLAGS.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to '{out}' ({error.strerror}): choose another --out") from None
+    out = open_folder(FLAGS.out)
     model = muse.load(FLAGS.model)
     for name in FLAGS.sheet or SHEETS:
         path = out / f'sampling_{name}.webp'

@@ -53,8 +53,6 @@ class Split(NamedTuple):
 
 # Up to so many keys: what leaves registers for the gradients of the keys and values.
 TURNS = {64: Turn(64, 4), 128: Turn(64, 8), 256: Turn(32, 8)}
-
-
 SPLITS: dict[int, Split] = {}  # as TURNS; where it has no entry, one kernel makes all gradients
 _NEVER = -1e30  # a logit of what must not be seen
 
@@ -106,7 +104,11 @@ def normed_attention(
         groups: 1, or the number G of blocks of multi-axis attention, which is also the number of tokens of a block: an
             even head attends within token runs G·g … G·g + G − 1, an odd one across tokens g, G + g, 2·G + g …
     """
-    run = partial(_attend, scale=scale, epsilon=epsilon, groups=groups, normed=key_scale_H is None)
+    options = _Options(scale, epsilon, groups, normed=key_scale_H is None)
+
+    def run(*arrays: Array) -> Array:
+        return _attention(*arrays, options)
+
     scales = (query_scale_H, query_scale_H if key_scale_H is None else key_scale_H)
     rows, heads = mesh_split(q_BTNH.shape[0], *ROWS), mesh_split(q_BTNH.shape[2], 'tensor')
     if rows is None and heads is None:
@@ -114,11 +116,6 @@ def normed_attention(
     spec = P(rows, None, heads, None)
     mapped = jax.shard_map(run, in_specs=(spec, spec, spec, P(), P(), P(rows)), out_specs=spec, check_vma=False)
     return mapped(q_BTNH, k_BSNH, v_BSNH, *scales, lengths_B)
-
-
-def _attend(q, k, v, query_scale, key_scale, lengths, *, scale, epsilon, groups, normed):
-    options = _Options(scale, epsilon, groups, normed)
-    return _attention(q, k, v, query_scale, key_scale, lengths, options)
 
 
 class _Options(NamedTuple):
@@ -145,9 +142,8 @@ def _attention_backward(options, residuals, grad):
     else:
         dq, *of_queries, query_parts = _backward_queries(*residuals, grad, options, split)
         dk, dv, key_parts = _backward_keys(*of_queries, *residuals[1:3], *residuals[4:], grad, options, split)
-    query_scale, key_scale = residuals[3:5]
-    sums = [_sum_of_parts(x) for x in (query_parts, key_parts)]
-    return dq, dk, dv, sums[0].astype(query_scale.dtype), sums[1].astype(key_scale.dtype), None
+    parts = zip((query_parts, key_parts), residuals[3:5], strict=True)
+    return dq, dk, dv, *(_sum_of_parts(x).astype(scale.dtype) for x, scale in parts), None
 
 
 def _sum_of_parts(parts: Float[Array, 'B P N H']) -> Float[Array, ' H']:
@@ -226,8 +222,7 @@ def _forward(q, k, v, query_scale, key_scale, lengths, options):
 
     scale, epsilon, groups, normed = options
     (rows, tokens, heads, width), keys = q.shape, k.shape[1] // groups
-    queries = min(128 if keys > 64 else 64, tokens // groups)
-    queries = math.gcd(queries, tokens // groups)
+    queries = math.gcd(min(128 if keys > 64 else 64, tokens // groups), tokens // groups)
 
     def kernel(q_ref, k_ref, v_ref, query_scale_ref, key_scale_ref, lengths_ref, y_ref):
         turn, place, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -245,9 +240,8 @@ def _forward(q, k, v, query_scale, key_scale, lengths, options):
         triton.store(y_ref.at[at_q], _dot(weights.astype(v.dtype), v, 1, 0).astype(v.dtype))
 
     grid = (tokens // groups // queries, groups * heads, rows)
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    warps = 8 if keys > 128 else 4
-    return _pallas(kernel, grid, (q, k, v, query_scale, key_scale, lengths), out_shape, ATTENTION_KERNEL, warps)[0]
+    inputs, out_shape = (q, k, v, query_scale, key_scale, lengths), [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    return _pallas(kernel, grid, inputs, out_shape, ATTENTION_KERNEL, warps=8 if keys > 128 else 4)[0]
 
 
 @partial(jax.jit, static_argnames='options')  # so that all layers are lowered once
@@ -286,13 +280,10 @@ def _backward(q, k, v, query_scale, key_scale, lengths, grad, options):
             triton.store(dq_ref.at[at_q], dq.astype(q.dtype))
             return dk, dv, query_part + part
 
-        nothing = jnp.zeros((keys, width), jnp.float32)
-        sums = (nothing, nothing, jnp.zeros((width,), jnp.float32))
-        dk, dv, query_part = jax.lax.fori_loop(0, tokens // groups // queries, turn, sums)
-        if normed:
-            key_part = jnp.zeros((width,), jnp.float32)
-        else:
-            dk, key_part = _through_norm(k_ref.at[at_k], key_scale, dk, epsilon)
+        nothing, no_part = jnp.zeros((keys, width), jnp.float32), jnp.zeros((width,), jnp.float32)
+        turns = tokens // groups // queries
+        dk, dv, query_part = jax.lax.fori_loop(0, turns, turn, (nothing, nothing, no_part))
+        dk, key_part = (dk, no_part) if normed else _through_norm(k_ref.at[at_k], key_scale, dk, epsilon)
         triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
         triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
         at_part = (row, group, head, jnp.arange(width))
@@ -394,12 +385,9 @@ def _backward_keys(normed_q, logarithms, alongs, k, v, key_scale, lengths, grad,
             dlogits = weights * (_dot(v, grad, 1, 1) - triton.load(along_ref.at[at_sum])[None, :]) * scale
             return dk + _dot(dlogits.astype(q.dtype), q, 1, 0), dv
 
-        nothing = jnp.zeros((split.keys, width), jnp.float32)
+        nothing, no_part = jnp.zeros((split.keys, width), jnp.float32), jnp.zeros((width,), jnp.float32)
         dk, dv = jax.lax.fori_loop(0, tokens // groups // split.key_queries, turn, (nothing, nothing))
-        if normed:
-            part = jnp.zeros((width,), jnp.float32)
-        else:
-            dk, part = _through_norm(k_ref.at[at_k], key_scale, dk, epsilon)
+        dk, part = (dk, no_part) if normed else _through_norm(k_ref.at[at_k], key_scale, dk, epsilon)
         triton.store(dk_ref.at[at_k], dk.astype(k.dtype))
         triton.store(dv_ref.at[at_k], dv.astype(v.dtype))
         triton.store(part_ref.at[row, program, place, jnp.arange(width)], part)
